@@ -1,0 +1,1 @@
+"""From scans to training patches in object storage, and back as a stream."""

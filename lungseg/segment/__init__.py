@@ -1,0 +1,1 @@
+"""From a model and a scan to a mask and its nodules."""

@@ -1,0 +1,1 @@
+"""Distributed training: strategy, step, checkpoints, loop and launch."""
