@@ -76,6 +76,14 @@ def read_image(path: Path) -> Volume:
     return Volume(array, geometry)
 
 
+def read_geometry(path: Path) -> Geometry:
+    """The grid of an image, from its header alone.
+
+    Raises DataError: "image-missing", "image-unreadable", "image-not-3d", "image-not-scalar".
+    """
+    return _geometry(_open(Path(path)))
+
+
 def read_mask(path: Path) -> tuple[np.ndarray, Geometry]:
     """A mask as uint8 [z, y, x], every nonzero label as 1. Raises as `read_image`."""
     array, geometry = _read(Path(path))
@@ -149,7 +157,8 @@ def resample_onto(
     return result if work == dtype else np.rint(result).astype(dtype)
 
 
-def _read(path: Path) -> tuple[np.ndarray, Geometry]:
+def _open(path: Path) -> sitk.ImageFileReader:
+    """A reader that has read the header of a 3D grey-value image."""
     if not path.is_file():
         raise DataError("image-missing", file=path, remedy="give an existing NIfTI or NRRD file")
     if not path.name.endswith(SUFFIXES):
@@ -158,21 +167,33 @@ def _read(path: Path) -> tuple[np.ndarray, Geometry]:
     reader.SetFileName(str(path))
     try:
         reader.ReadImageInformation()
-        if reader.GetDimension() != 3:
-            shape = reader.GetSize()[::-1]
-            raise DataError("image-not-3d", file=path, shape=shape, remedy="give one 3D scan a file")
-        if reader.GetNumberOfComponents() != 1:
-            raise DataError(
-                "image-not-scalar", file=path, remedy="give a grey-value scan, not colours or vectors"
-            )
+    except RuntimeError as error:
+        raise _unreadable(path) from error
+    if reader.GetDimension() != 3:
+        shape = reader.GetSize()[::-1]
+        raise DataError("image-not-3d", file=path, shape=shape, remedy="give one 3D scan a file")
+    if reader.GetNumberOfComponents() != 1:
+        raise DataError(
+            "image-not-scalar", file=path, remedy="give a grey-value scan, not colours or vectors"
+        )
+    return reader
+
+
+def _read(path: Path) -> tuple[np.ndarray, Geometry]:
+    reader = _open(path)
+    try:
         image = reader.Execute()
     except RuntimeError as error:
-        remedy = "open it in a viewer and save it again; its axes must be at right angles"
-        raise DataError("image-unreadable", file=path, remedy=remedy) from error
+        raise _unreadable(path) from error
     array = sitk.GetArrayFromImage(image)
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise DataError("image-not-finite", file=path, remedy="replace NaN and infinite values")
     return array, _geometry(image)
+
+
+def _unreadable(path: Path) -> DataError:
+    remedy = "open it in a viewer and save it again; its axes must be at right angles"
+    return DataError("image-unreadable", file=path, remedy=remedy)
 
 
 def _to_sitk(array: np.ndarray, geometry: Geometry) -> sitk.Image:
@@ -186,7 +207,7 @@ def _to_sitk(array: np.ndarray, geometry: Geometry) -> sitk.Image:
     return image
 
 
-def _geometry(image: sitk.Image) -> Geometry:
+def _geometry(image: sitk.Image | sitk.ImageFileReader) -> Geometry:
     direction = np.reshape(image.GetDirection(), (3, 3))
     return Geometry(
         image.GetSize()[::-1],
