@@ -1,0 +1,103 @@
+"""Sliding-window inference: a whole scan through a network that sees one window at a time."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from lungseg.config import SegmentConfig
+from lungseg.data.volume import AIR_HU
+from lungseg.errors import ConfigError, RunError
+
+Predictor = Callable[[np.ndarray], np.ndarray]
+"""float32 HU [n, z, y, x, 1] -> float32 probability [n, z, y, x, 1]"""
+
+
+def predict_volume(
+    predict: Predictor,
+    volume_hu: np.ndarray,
+    config: SegmentConfig,
+    *,
+    lungs: np.ndarray | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    multiple: int = 16,
+) -> np.ndarray:
+    """Probability float32 [z, y, x] of `volume_hu` (int16 [z, y, x]), averaged over overlapping windows.
+
+    Windows are weighted by a Gaussian, since predictions near a window's border lack context (Isensee et
+    al., nnU-Net, Nature Methods 2021). A window is never larger than the volume rounded up to `multiple`, the
+    network's total stride; what it still lacks is filled with air. Every call of `predict` has the same
+    shape, `config.batch` windows, so that a graph is traced once.
+
+    With `lungs` (nonzero inside, same grid) and `config.lungs_only`, windows without a lung voxel are not
+    predicted: voxels that lie in no other window get probability 0.
+    `progress` is called with (windows done, windows in all).
+    Raises ConfigError("window-indivisible") and RunError("prediction-not-finite").
+    """
+    if any(side % multiple for side in config.window_zyx):
+        raise ConfigError(
+            "window-indivisible",
+            window_zyx=config.window_zyx,
+            remedy=f"make every side of segment.window_zyx a multiple of {multiple}, the network's stride",
+        )
+    shape = volume_hu.shape
+    window = tuple(
+        min(side, math.ceil(size / multiple) * multiple)
+        for side, size in zip(config.window_zyx, shape, strict=True)
+    )
+    margins = [
+        (lack // 2, lack - lack // 2) for lack in (max(0, w - s) for w, s in zip(window, shape, strict=True))
+    ]
+    padded = np.pad(volume_hu, margins, constant_values=AIR_HU)
+    boxes = _windows(padded.shape, window, config.overlap)
+    if lungs is not None and config.lungs_only:
+        inside = np.pad(lungs, margins)
+        boxes = [box for box in boxes if inside[box].any()]
+
+    importance = _gaussian(window)
+    total = np.zeros(padded.shape, np.float32)
+    weight = np.zeros(padded.shape, np.float32)
+    batch = np.full((config.batch, *window, 1), AIR_HU, np.float32)
+    for start in range(0, len(boxes), config.batch):
+        chunk = boxes[start : start + config.batch]
+        for row, box in enumerate(chunk):
+            batch[row, ..., 0] = padded[box]
+        probability = np.asarray(predict(batch))[: len(chunk), ..., 0]
+        if not np.isfinite(probability).all():
+            raise RunError("prediction-not-finite", remedy="the weights are broken: use another checkpoint")
+        for one, box in zip(probability, chunk, strict=True):
+            total[box] += one * importance
+            weight[box] += importance
+        if progress is not None:
+            progress(start + len(chunk), len(boxes))
+
+    np.divide(total, weight, out=total, where=weight > 0)
+    return total[tuple(slice(low, low + size) for (low, _), size in zip(margins, shape, strict=True))]
+
+
+def _windows(shape: tuple[int, ...], window: tuple[int, ...], overlap: float) -> list[tuple[slice, ...]]:
+    """Evenly spread windows that cover `shape`, neighbours overlapping by at least `overlap` of a side."""
+    starts = []
+    for size, side in zip(shape, window, strict=True):
+        step = max(1, math.floor(side * (1 - overlap)))
+        count = math.ceil((size - side) / step) + 1
+        starts.append(np.linspace(0, size - side, count).round().astype(int).tolist())
+    return [
+        tuple(slice(low, low + side) for low, side in zip(corner, window, strict=True))
+        for corner in itertools.product(*starts)
+    ]
+
+
+def _gaussian(window: tuple[int, ...]) -> np.ndarray:
+    """float32 importance of a window's voxels: 1 at the centre, sigma 1/8 of each side (nnU-Net's choice).
+
+    At a corner it is exp(-24), far above float32's smallest number, so no voxel has weight 0.
+    """
+    importance = np.ones((1, 1, 1))
+    for axis, side in enumerate(window):
+        offset = (np.arange(side) - (side - 1) / 2) / (side / 8)
+        importance = importance * np.exp(-0.5 * offset**2).reshape([-1 if a == axis else 1 for a in range(3)])
+    return importance.astype(np.float32)

@@ -1,0 +1,126 @@
+"""Sliding windows: every voxel is predicted at its own place, whatever the windows."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lungseg.config import SegmentConfig
+from lungseg.errors import ConfigError, RunError
+from lungseg.segment.sliding import predict_volume
+
+SIDES = st.tuples(*[st.sampled_from([4, 8, 12])] * 3)
+SHAPES = st.tuples(*[st.integers(1, 21)] * 3)
+
+
+def pointwise(hu: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-hu / 300))
+
+
+def distinct(shape: tuple[int, ...]) -> np.ndarray:
+    """No two voxels alike, so that a voxel in a wrong place is seen."""
+    return np.random.default_rng(0).permutation(np.prod(shape)).reshape(shape).astype(np.int16) - 1000
+
+
+@settings(deadline=None, max_examples=60)
+@given(SHAPES, SIDES, st.floats(0, 0.9), st.integers(1, 3))
+def test_a_pointwise_network_gives_the_pointwise_result(
+    shape: tuple[int, int, int], window: tuple[int, int, int], overlap: float, batch: int
+) -> None:
+    volume = distinct(shape)
+    config = SegmentConfig(window_zyx=window, overlap=overlap, batch=batch)
+
+    result = predict_volume(pointwise, volume, config, multiple=4)
+
+    assert result.dtype == np.float32
+    assert result.shape == shape
+    np.testing.assert_allclose(result, pointwise(volume.astype(np.float64)), rtol=2e-6)
+
+
+@settings(deadline=None, max_examples=40)
+@given(SHAPES, SIDES, st.floats(0, 0.9))
+def test_the_weights_of_all_windows_sum_to_one_at_every_voxel(
+    shape: tuple[int, int, int], window: tuple[int, int, int], overlap: float
+) -> None:
+    config = SegmentConfig(window_zyx=window, overlap=overlap)
+    assert (predict_volume(np.ones_like, np.zeros(shape, np.int16), config, multiple=4) == 1).all()
+
+
+def test_overlapping_windows_are_averaged_with_gaussian_weights() -> None:
+    """A network that answers the index within its window: two windows of 16 at 0 and 8 over 24 slices."""
+
+    def local_index(hu: np.ndarray) -> np.ndarray:
+        return np.broadcast_to(np.arange(16.0).reshape(1, 16, 1, 1, 1), hu.shape)
+
+    config = SegmentConfig(window_zyx=(16, 16, 16), overlap=0.5)
+    result = predict_volume(local_index, np.zeros((24, 16, 16), np.int16), config)
+
+    def weight(i: int) -> float:
+        return float(np.exp(-((i - 7.5) ** 2) / 2 / 2**2)) if 0 <= i < 16 else 0.0
+
+    expected = [
+        sum(weight(z - start) * (z - start) for start in (0, 8)) / sum(weight(z - start) for start in (0, 8))
+        for z in range(24)
+    ]
+    np.testing.assert_allclose(result[:, 3, 5], expected, rtol=1e-5)
+
+
+def test_every_call_has_one_shape_and_a_volume_below_the_window_is_centred_in_air() -> None:
+    calls: list[np.ndarray] = []
+
+    def watch(hu: np.ndarray) -> np.ndarray:
+        calls.append(hu.copy())
+        return np.zeros_like(hu)
+
+    config = SegmentConfig(window_zyx=(96, 32, 16), overlap=0, batch=4)
+    predict_volume(watch, np.full((20, 70, 15), 7, np.int16), config)
+
+    # 20 slices need 32, 15 columns 16; 70 rows need three windows of 32: one call, its last row unused.
+    assert [call.shape for call in calls] == [(4, 32, 32, 16, 1)]
+    assert calls[0].dtype == np.float32
+    window = calls[0][0, ..., 0]
+    assert (window[6:26, :, :15] == 7).all()
+    assert (window[:6] == -1024).all()
+    assert (window[26:] == -1024).all()
+    assert (window[..., 15] == -1024).all()
+
+
+def test_windows_without_lungs_are_skipped_and_left_at_zero() -> None:
+    shape, config = (8, 8, 40), SegmentConfig(window_zyx=(8, 8, 8), overlap=0, batch=2)
+    lungs = np.zeros(shape, np.uint8)
+    lungs[4, 4, 9] = lungs[4, 4, 30] = 1
+    seen: list[tuple[int, int]] = []
+
+    result = predict_volume(
+        np.ones_like,
+        np.zeros(shape, np.int16),
+        config,
+        lungs=lungs,
+        progress=lambda done, of: seen.append((done, of)),
+        multiple=8,
+    )
+
+    assert seen == [(2, 2)]
+    np.testing.assert_array_equal(result[0, 0], np.repeat([0, 1, 0, 1, 0], 8))
+    everywhere = config.model_copy(update={"lungs_only": False})
+    assert predict_volume(np.ones_like, np.zeros(shape, np.int16), everywhere, lungs=lungs, multiple=8).all()
+
+
+def test_progress_counts_windows_up_to_all() -> None:
+    seen: list[tuple[int, int]] = []
+    config = SegmentConfig(window_zyx=(16, 16, 16), overlap=0, batch=2)
+    volume = np.zeros((16, 16, 80), np.int16)
+    predict_volume(np.zeros_like, volume, config, progress=lambda done, of: seen.append((done, of)))
+    assert seen == [(2, 5), (4, 5), (5, 5)]
+
+
+def test_a_network_that_answers_nan_is_an_error_and_not_an_empty_mask() -> None:
+    with pytest.raises(RunError, match="prediction-not-finite"):
+        predict_volume(lambda hu: hu * np.nan, np.zeros((4, 4, 4), np.int16), SegmentConfig())
+
+
+def test_a_window_that_the_network_cannot_halve_is_refused() -> None:
+    with pytest.raises(ConfigError, match="window-indivisible"):
+        predict_volume(pointwise, np.zeros((4, 4, 4), np.int16), SegmentConfig(window_zyx=(96, 96, 90)))
