@@ -7,7 +7,11 @@ centre of a voxel, so a volume reaches half a voxel beyond its first and last ce
 
 from __future__ import annotations
 
+import gzip
+import math
 import os
+import struct
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +23,20 @@ from lungseg.errors import DataError, GeometryError
 
 AIR_HU = -1024
 SUFFIXES = (".nii", ".nii.gz", ".nrrd")
+
+# NumPy's names of NIfTI's datatype codes.
+NIFTI_TYPES = {
+    2: "u1",
+    4: "i2",
+    8: "i4",
+    16: "f4",
+    64: "f8",
+    256: "i1",
+    512: "u2",
+    768: "u4",
+    1024: "i8",
+    1280: "u8",
+}
 
 Vector = tuple[float, float, float]
 
@@ -182,13 +200,33 @@ def _open(path: Path) -> sitk.ImageFileReader:
 def _read(path: Path) -> tuple[np.ndarray, Geometry]:
     reader = _open(path)
     try:
-        image = reader.Execute()
-    except RuntimeError as error:
+        if path.name.endswith(".nrrd"):
+            image = reader.Execute()
+            array, geometry = sitk.GetArrayFromImage(image), _geometry(image)
+        else:
+            geometry = _geometry(reader)
+            array = _nifti_voxels(path.read_bytes(), geometry.shape_zyx)
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError, struct.error, zlib.error) as error:
         raise _unreadable(path) from error
-    array = sitk.GetArrayFromImage(image)
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise DataError("image-not-finite", file=path, remedy="replace NaN and infinite values")
-    return array, _geometry(image)
+    return array, geometry
+
+
+def _nifti_voxels(content: bytes, shape: tuple[int, int, int]) -> np.ndarray:
+    """The voxels of a NIfTI-1 file, [z, y, x], scaled as its header says (byte offsets: nifti1.h).
+
+    SimpleITK would do it, but it reads a file that was cut short as zeros and NaN as 0, silently.
+    """
+    if content.startswith(b"\x1f\x8b"):
+        content = gzip.decompress(content)
+    order = "<" if struct.unpack_from("<i", content)[0] == 348 else ">"
+    (kind,) = struct.unpack_from(order + "h", content, 70)
+    start, slope, intercept = struct.unpack_from(order + "3f", content, 108)
+    array = np.frombuffer(content, order + NIFTI_TYPES[kind], math.prod(shape), int(start)).reshape(shape)
+    if slope == 0 or (slope, intercept) == (1, 0):
+        return array.astype(NIFTI_TYPES[kind])  # a copy in this machine's byte order
+    return array * slope + intercept
 
 
 def _unreadable(path: Path) -> DataError:

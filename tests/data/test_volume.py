@@ -1,0 +1,308 @@
+"""Volumes: every voxel keeps its patient coordinate through reading, writing and resampling."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk  # noqa: N813
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.spatial.transform import Rotation
+
+from lungseg.data.volume import (
+    AIR_HU,
+    Geometry,
+    Volume,
+    read_geometry,
+    read_image,
+    read_mask,
+    resample,
+    resample_onto,
+    vector,
+    write_mask,
+)
+from lungseg.errors import DataError, GeometryError
+
+AXES = [
+    np.eye(3)[list(order)] * signs
+    for order in itertools.permutations(range(3))
+    for signs in itertools.product((1, -1), repeat=3)
+]
+RIGHT_HANDED = [axes for axes in AXES if np.linalg.det(axes) > 0]
+
+
+def geometry_of(
+    shape=(5, 6, 7), spacing=(2.5, 0.6, 0.7), origin=(-110.2, 30.1, -360.25632911), direction=None
+):
+    rows = np.eye(3) if direction is None else direction
+    return Geometry(shape, spacing, origin, tuple(vector(row) for row in rows))
+
+
+def turned(angles_deg: tuple[float, float, float]) -> np.ndarray:
+    return Rotation.from_euler("xyz", angles_deg, degrees=True).as_matrix()
+
+
+angles = st.tuples(*[st.floats(-180, 180)] * 3)
+indices = st.tuples(*[st.floats(-50, 50)] * 3)
+
+
+@given(angles, indices)
+def test_patient_coordinates_are_those_of_simpleitk_and_invert(angles_deg, index_zyx):
+    geometry = geometry_of(direction=turned(angles_deg))
+    image = sitk.Image(geometry.shape_zyx[::-1], sitk.sitkInt16)
+    image.SetSpacing(geometry.spacing_mm[::-1])
+    image.SetOrigin(geometry.origin_lps_mm)
+    image.SetDirection(np.ravel(geometry.direction_lps).tolist())
+    expected = image.TransformContinuousIndexToPhysicalPoint(index_zyx[::-1])
+    assert geometry.to_lps_mm(index_zyx) == pytest.approx(expected, abs=1e-9)
+    assert geometry.to_index_zyx(expected) == pytest.approx(index_zyx, abs=1e-9)
+
+
+def test_coordinates_of_many_points_keep_their_shape():
+    geometry = geometry_of()
+    points = np.arange(24.0).reshape(2, 4, 3)
+    assert geometry.to_lps_mm(points).shape == (2, 4, 3)
+    assert geometry.to_lps_mm(points)[1, 2] == pytest.approx(geometry.to_lps_mm(points[1, 2]))
+
+
+def ramp(geometry: Geometry) -> np.ndarray:
+    """HU that depend on the patient coordinate alone: 7x - 5y + 3z."""
+    return geometry.to_lps_mm(np.moveaxis(np.indices(geometry.shape_zyx), 0, -1)) @ (7.0, -5.0, 3.0)
+
+
+@pytest.mark.parametrize("axes", [*AXES, turned((10, -20, 15)), turned((170, 30, -95))])
+def test_resampling_keeps_a_ramp_over_the_patient_whatever_the_order_of_the_axes(axes):
+    source = geometry_of((20, 22, 24), (1.7, 0.8, 1.1), (-9.0, 12.0, 4.0), axes)
+    result = resample(Volume(np.rint(ramp(source)).astype(np.int16), source), (1.5, 1.25, 1.0))
+    grid = result.geometry
+    assert grid.spacing_mm == (1.5, 1.25, 1.0)
+    # LPS: each axis runs nearest to +x, +y, +z.
+    assert np.argmax(np.array(grid.direction_lps), axis=0).tolist() == [0, 1, 2]
+    at = source.to_index_zyx(grid.to_lps_mm(np.moveaxis(np.indices(grid.shape_zyx), 0, -1)))
+    between_centres = ((at >= 0) & (at <= np.array(source.shape_zyx) - 1)).all(axis=-1)
+    assert between_centres.mean() > 0.7
+    assert np.abs(result.volume_hu - ramp(grid))[between_centres].max() <= 1.0
+    # Half a voxel from the hull of the centres and beyond, nothing: no fill value may come in.
+    assert (at >= -0.5).all()
+    assert (at <= np.array(source.shape_zyx) - 0.5).all()
+
+
+@given(
+    st.tuples(*[st.integers(1, 12)] * 3),
+    st.tuples(*[st.floats(0.4, 4)] * 3),
+    st.tuples(*[st.floats(0.5, 5)] * 3),
+)
+@settings(deadline=None)
+def test_resampling_keeps_middle_and_extent(shape, spacing, target_mm):
+    source = geometry_of(shape, spacing)
+    result = resample(Volume(np.full(shape, 40, np.int16), source), target_mm)
+    grid = result.geometry
+    assert result.volume_hu.dtype == np.int16
+    assert (result.volume_hu == 40).all()
+    middle = [grid.to_lps_mm((np.array(grid.shape_zyx) - 1) / 2), source.to_lps_mm((np.array(shape) - 1) / 2)]
+    assert middle[0] == pytest.approx(middle[1], abs=1e-6)
+    for new, step, old, old_step in zip(grid.shape_zyx, target_mm, shape, spacing, strict=True):
+        assert new == 1 or abs(new * step - old * old_step) <= step / 2 + 1e-6
+
+
+def test_resampling_to_the_same_spacing_changes_nothing():
+    values = np.random.default_rng(0).integers(-1000, 3000, (5, 6, 7)).astype(np.int16)
+    source = geometry_of()
+    result = resample(Volume(values, source), source.spacing_mm)
+    assert np.array_equal(result.volume_hu, values)
+    assert result.geometry.origin_lps_mm == pytest.approx(source.origin_lps_mm, abs=1e-9)
+
+
+def test_halving_the_resolution_averages_neighbours():
+    values = np.random.default_rng(0).integers(-1000, 1000, (4, 6, 8)).astype(np.int16)
+    result = resample(Volume(values, geometry_of((4, 6, 8), (1.0, 1.0, 1.0))), (2.0, 2.0, 2.0))
+    means = values.reshape(2, 2, 3, 2, 4, 2).mean(axis=(1, 3, 5))
+    assert np.abs(result.volume_hu - means).max() <= 0.5 + 1e-4
+
+
+def test_moving_onto_another_grid_fills_outside_and_rounds():
+    source = geometry_of((3, 3, 3), (1.0, 1.0, 1.0), (0.0, 0.0, 0.0))
+    target = geometry_of((1, 1, 7), (1.0, 1.0, 0.5), (-1.0, 1.0, 1.0))
+    values = np.broadcast_to(np.array([0, 1, 8], np.int16), (3, 3, 3)).copy()
+    linear = resample_onto(values, source, target, nearest=False, outside=AIR_HU)
+    # x = -1, -0.5, 0, 0.5, 1, 1.5, 2; half a voxel beyond the first centre still belongs to it.
+    assert linear.dtype == np.int16
+    assert linear[0, 0, [0, 2, 4, 5, 6]].tolist() == [AIR_HU, 0, 1, 4, 8]  # 4.5 rounds to even
+    nearest = resample_onto(values.astype(bool), source, target, nearest=True)
+    assert nearest.dtype == np.uint8
+    assert nearest[0, 0, [0, 2, 4, 6]].tolist() == [0, 0, 1, 1]
+    half = resample_onto(values.astype(np.float32), source, target, nearest=False)
+    assert half[0, 0, 3] == pytest.approx(0.5)
+
+
+def test_an_array_that_is_not_on_its_grid_is_refused():
+    with pytest.raises(GeometryError) as caught:
+        resample_onto(np.zeros((5, 6, 6), np.uint8), geometry_of(), geometry_of(), nearest=True)
+    assert caught.value.code == "shape-mismatch"
+
+
+near_half_turns = st.tuples(*[st.sampled_from([-180.0, -90.0, 0.0, 90.0, 180.0])] * 3).flatmap(
+    lambda base: st.tuples(*[st.floats(-0.5, 0.5).map(lambda by, at=at: at + by) for at in base])
+)
+
+
+@given(st.one_of(angles, near_half_turns))
+@settings(max_examples=60, deadline=None)
+def test_a_written_mask_comes_back_on_its_grid(tmp_path_factory, angles_deg):
+    path = tmp_path_factory.mktemp("mask") / "mask.nii.gz"
+    geometry = geometry_of(
+        (3, 4, 5), (2.5, 0.703125, 0.8), (-310.123456, 280.98765, -1360.25632911), turned(angles_deg)
+    )
+    mask = (np.arange(60).reshape(3, 4, 5) % 3 == 0).astype(np.uint8)
+    write_mask(path, mask, geometry)
+    again, grid = read_mask(path)
+    assert np.array_equal(again, mask)
+    assert again.dtype == np.uint8
+    assert grid.spacing_mm == pytest.approx(geometry.spacing_mm, abs=1e-6)
+    far = np.array([[0, 0, 0], [400, 0, 0], [0, 511, 0], [0, 0, 511]])
+    assert np.abs(grid.to_lps_mm(far) - geometry.to_lps_mm(far)).max() < 2e-3
+    assert np.abs(grid.to_lps_mm(far[0]) - geometry.to_lps_mm(far[0])).max() < 1e-4
+
+
+@pytest.mark.parametrize("axes", [*RIGHT_HANDED, turned((12, -7, 30))])
+def test_the_header_of_a_mask_says_where_a_viewer_shows_it(tmp_path, axes):
+    path, geometry = tmp_path / "mask.nii.gz", geometry_of(direction=axes)
+    write_mask(path, np.ones(geometry.shape_zyx, np.uint8), geometry)
+    header = gzip.decompress(path.read_bytes())
+    # The fields of nifti1.h: dim at byte 40, datatype at 70, sform_code at 254, srow at 280.
+    assert struct.unpack_from("<8h", header, 40)[:4] == (3, 7, 6, 5)
+    assert struct.unpack_from("<h", header, 70) == (2,)  # unsigned char
+    assert struct.unpack_from("<h", header, 254)[0] > 0  # sform_code
+    affine = np.reshape(struct.unpack_from("<12f", header, 280), (3, 4))
+    index_zyx = np.array([4, 2, 3])
+    ras = affine @ [*index_zyx[::-1], 1]
+    assert ras == pytest.approx(geometry.to_lps_mm(index_zyx) * (-1, -1, 1), abs=1e-3)
+
+
+def test_writing_leaves_only_the_mask_and_replaces_an_old_one(tmp_path):
+    path, geometry = tmp_path / "mask.nii.gz", geometry_of()
+    path.write_bytes(b"old")
+    write_mask(path, np.ones(geometry.shape_zyx, bool), geometry)
+    assert [file.name for file in tmp_path.iterdir()] == ["mask.nii.gz"]
+    assert read_mask(path)[0].all()
+
+
+def test_a_mask_that_cannot_be_written_is_one_error_and_no_file(tmp_path):
+    geometry = geometry_of()
+    mask = np.ones(geometry.shape_zyx, np.uint8)
+    for path, code in (
+        (tmp_path / "absent" / "m.nii.gz", "mask-unwritable"),
+        (tmp_path / "m.nii", "mask-suffix"),
+    ):
+        with pytest.raises(DataError) as caught:
+            write_mask(path, mask, geometry)
+        assert caught.value.code == code
+    with pytest.raises(GeometryError):
+        write_mask(tmp_path / "m.nii.gz", mask[1:], geometry)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz", ".nrrd"])
+def test_images_of_any_type_are_read_as_rounded_int16(tmp_path, suffix):
+    image = sitk.GetImageFromArray(np.array([[[-0.6, 1.4], [40000.0, -1e9]]], np.float64))
+    image.SetSpacing((0.5, 0.75, 3.0))
+    image.SetOrigin((1.0, 2.0, 3.0))
+    path = tmp_path / f"scan{suffix}"
+    sitk.WriteImage(image, str(path))
+    volume = read_image(path)
+    assert volume.volume_hu.dtype == np.int16
+    assert volume.volume_hu.tolist() == [[[-1, 1], [32767, -32768]]]
+    assert volume.geometry.spacing_mm == pytest.approx((3.0, 0.75, 0.5))
+    assert volume.geometry.origin_lps_mm == pytest.approx((1.0, 2.0, 3.0))
+    assert read_geometry(path) == volume.geometry
+
+
+kinds = [
+    np.uint8,
+    np.int8,
+    np.int16,
+    np.uint16,
+    np.int32,
+    np.uint32,
+    np.int64,
+    np.uint64,
+    np.float32,
+    np.float64,
+]
+
+
+@pytest.mark.parametrize("kind", kinds)
+def test_voxels_of_every_type_are_those_that_simpleitk_reads(tmp_path, kind):
+    values = np.random.default_rng(0).integers(0, 127, (3, 4, 5)).astype(kind)
+    path = tmp_path / "scan.nii.gz"
+    sitk.WriteImage(sitk.GetImageFromArray(values), str(path))
+    assert np.array_equal(read_image(path).volume_hu, sitk.GetArrayFromImage(sitk.ReadImage(str(path))))
+
+
+def nifti_header(order: str) -> bytes:
+    header = bytearray(352)
+    struct.pack_into(order + "i", header, 0, 348)
+    struct.pack_into(order + "8h", header, 40, 3, 4, 3, 2, 1, 1, 1, 1)
+    struct.pack_into(order + "2h", header, 70, 4, 16)
+    struct.pack_into(order + "4f", header, 76, 1, 0.5, 0.75, 3)
+    struct.pack_into(order + "3f", header, 108, 352, 2, -1024)
+    header[344:348] = b"n+1\0"
+    return bytes(header)
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_scaling_and_byte_order_of_nifti_are_understood(tmp_path, order):
+    values = np.arange(24, dtype=np.int16).reshape(2, 3, 4)
+    path = tmp_path / "scan.nii"
+    path.write_bytes(nifti_header(order) + values.astype(order + "i2").tobytes())
+    assert np.array_equal(read_image(path).volume_hu, values * 2 - 1024)
+    assert np.array_equal(sitk.GetArrayFromImage(sitk.ReadImage(str(path))), values * 2 - 1024)
+
+
+def test_every_label_of_a_mask_is_one(tmp_path):
+    path = tmp_path / "labels.nrrd"
+    sitk.WriteImage(sitk.GetImageFromArray(np.array([[[0, 7, 512, 256]]], np.uint16)), str(path))
+    assert read_mask(path)[0].tolist() == [[[0, 1, 1, 1]]]
+
+
+def written(folder: Path, array: np.ndarray, is_vector: bool = False) -> Path:
+    path = folder / "scan.nii.gz"
+    sitk.WriteImage(sitk.GetImageFromArray(array, isVector=is_vector), str(path))
+    return path
+
+
+def test_images_that_are_no_3d_scan_are_refused(tmp_path):
+    def code_of(path: Path) -> str:
+        with pytest.raises(DataError) as caught:
+            read_image(path)
+        assert caught.value.remedy
+        return caught.value.code
+
+    assert code_of(tmp_path / "absent.nii.gz") == "image-missing"
+    assert code_of(written(tmp_path, np.zeros((2, 3, 4, 5), np.int16))) == "image-not-3d"
+    assert code_of(written(tmp_path, np.zeros((4, 5), np.int16))) == "image-not-3d"
+    assert code_of(written(tmp_path, np.zeros((3, 4, 5, 3), np.uint8), is_vector=True)) == "image-not-scalar"
+    assert code_of(written(tmp_path, np.array([[[1.0, np.nan]]], np.float32))) == "image-not-finite"
+    assert code_of(written(tmp_path, np.array([[[1.0, np.inf]]], np.float32))) == "image-not-finite"
+    (tmp_path / "junk.nii.gz").write_bytes(b"not an image")
+    assert code_of(tmp_path / "junk.nii.gz") == "image-unreadable"
+    (tmp_path / "scan.mha").write_bytes(b"")
+    assert code_of(tmp_path / "scan.mha") == "image-unreadable"
+
+
+@pytest.mark.parametrize("compressed", [True, False])
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz", ".nrrd"])
+def test_a_file_cut_short_is_refused(tmp_path, suffix, compressed):
+    whole = tmp_path / f"whole{suffix}"
+    noise = np.random.default_rng(0).integers(-1000, 1000, (20, 30, 40)).astype(np.int16)
+    sitk.WriteImage(sitk.GetImageFromArray(noise), str(whole), useCompression=compressed)
+    cut = tmp_path / f"cut{suffix}"
+    cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    with pytest.raises(DataError) as caught:
+        read_image(cut)
+    assert caught.value.code == "image-unreadable"
