@@ -1,0 +1,200 @@
+"""From a scan on disk to its mask and nodules, on the scan's own grid."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk  # noqa: N813
+
+from lungseg.config import Recipe, parse_recipe
+from lungseg.data.volume import Geometry, Volume, read_mask
+from lungseg.errors import DataError
+from lungseg.segment import predict as module
+from lungseg.segment.predict import case_name, read_input, segment, write
+
+SHARED = Path(__file__).parents[2].parent / "shared/data"
+RECIPE = parse_recipe({"segment": {"window_zyx": [64, 64, 64]}})
+
+# Feet-first, and turned by 15 degrees about the long axis.
+C, S = math.cos(math.radians(15)), math.sin(math.radians(15))
+TURNED = ((-C, -S, 0.0), (-S, C, 0.0), (0.0, 0.0, -1.0))
+CENTRE_MM = np.array([20.0, -35.0, 300.0])
+BALL_MM, WALL_MM = CENTRE_MM + np.array([[38, 5, -8], [0, -48, 20]])
+
+
+def chest(geometry: Geometry, lungs: bool = True) -> Volume:
+    """A body with two lungs and two dense balls of 12 mm, one in a lung, one in the chest wall."""
+    place = geometry.to_lps_mm(np.stack(np.indices(geometry.shape_zyx), axis=-1))
+    offset = place - CENTRE_MM
+    hu = np.full(geometry.shape_zyx, -1000.0)
+    hu[((offset / [82, 58, 200]) ** 2).sum(axis=-1) < 1] = 40
+    for side in (-38, 38) if lungs else ():
+        hu[(((offset - [side, 0, 0]) / [26, 36, 45]) ** 2).sum(axis=-1) < 1] = -850
+    for ball in (BALL_MM, WALL_MM):
+        hu[np.linalg.norm(place - ball, axis=-1) < 6] = 1000
+    return Volume(hu.astype(np.int16), geometry)
+
+
+def geometry(shape: tuple[int, int, int] = (50, 110, 120)) -> Geometry:
+    spacing_mm = (2.5, 1.3, 1.5)
+    rough = Geometry(shape, spacing_mm, (0.0, 0.0, 0.0), TURNED)
+    middle = rough.to_lps_mm(tuple((side - 1) / 2 for side in shape))
+    x, y, z = (CENTRE_MM - middle).tolist()
+    return Geometry(shape, spacing_mm, (x, y, z), TURNED)
+
+
+def dense(hu: np.ndarray) -> np.ndarray:
+    """0.5 half-way between lung (-850) and ball (1000), just above the body (40)."""
+    return np.clip((hu + 850) / 1850, 0, 1)
+
+
+def test_a_ball_comes_back_at_its_patient_coordinate_and_size() -> None:
+    volume = chest(geometry())
+    calls: list[tuple[int, int]] = []
+
+    found = segment(dense, volume, RECIPE, lambda done, of: calls.append((done, of)))
+
+    assert found.lungs_found
+    assert found.geometry == volume.geometry
+    assert found.labels.shape == volume.volume_hu.shape
+    (ball,) = found.nodules  # the one in the chest wall lies outside the lungs
+    assert ball.centre_lps_mm == pytest.approx(tuple(BALL_MM), abs=0.3)
+    assert ball.equivalent_diameter_mm == pytest.approx(12, abs=0.6)
+    place = volume.geometry.to_lps_mm(np.stack(np.indices(volume.volume_hu.shape), axis=-1))
+    truth = np.linalg.norm(place - BALL_MM, axis=-1) < 6
+    overlap = 2 * np.count_nonzero(truth & (found.labels == 1)) / (truth.sum() + (found.labels == 1).sum())
+    assert overlap > 0.9
+    assert calls[-1][0] == calls[-1][1] > 0
+
+
+def test_a_scan_without_lungs_is_searched_everywhere_and_says_so() -> None:
+    found = segment(dense, chest(geometry(), lungs=False), RECIPE)
+    assert not found.lungs_found
+    centres = sorted(nodule.centre_lps_mm for nodule in found.nodules)
+    assert centres == [pytest.approx(tuple(place), abs=0.4) for place in (WALL_MM, BALL_MM)]
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 3, 1), (1, 40, 40), (5, 9, 17)])
+def test_very_small_scans_are_segmented_too(shape: tuple[int, int, int]) -> None:
+    grid = geometry(shape)
+    found = segment(np.ones_like, Volume(np.zeros(shape, np.int16), grid), Recipe())
+    assert found.labels.shape == shape
+    assert not found.lungs_found
+    big_enough = math.prod(shape) * math.prod(grid.spacing_mm) >= 14
+    assert [nodule.voxels for nodule in found.nodules] == [math.prod(shape)] * big_enough
+
+
+def test_results_hold_the_mask_on_the_scans_grid_and_the_nodules(tmp_path: Path) -> None:
+    volume = chest(geometry())
+    found = segment(dense, volume, RECIPE)
+
+    write(found, tmp_path / "out/case", run="first", checkpoint="120-ab12")
+
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["case", "mask.nii.gz", "nodules.json", "out"]
+    mask, grid = read_mask(tmp_path / "out/case/mask.nii.gz")
+    np.testing.assert_array_equal(mask, found.labels > 0)
+    assert grid.shape_zyx == volume.geometry.shape_zyx
+    for key in ("spacing_mm", "origin_lps_mm", "direction_lps"):
+        np.testing.assert_allclose(getattr(grid, key), getattr(volume.geometry, key), atol=1e-4)
+
+    said = json.loads((tmp_path / "out/case/nodules.json").read_text())
+    assert said["disclaimer"].startswith("research use only")
+    assert (said["run"], said["checkpoint"], said["threshold"]) == ("first", "120-ab12", 0.5)
+    assert said["spacing_mm_zyx"] == [2.5, 1.3, 1.5]
+    assert said["lungs_found"] is True
+    assert [nodule["label"] for nodule in said["nodules"]] == [1]
+    assert said["nodules"][0]["centre_lps_mm"] == pytest.approx(BALL_MM.tolist(), abs=0.3)
+
+
+def tiny(value: int) -> module.Segmentation:
+    labels = np.full((2, 2, 2), value, np.int32)
+    return module.Segmentation(labels, geometry((2, 2, 2)), (), 0.5, False)
+
+
+def test_earlier_results_are_replaced_and_foreign_folders_left_alone(tmp_path: Path) -> None:
+    write(tiny(0), tmp_path / "case", run="r", checkpoint="1")
+    write(tiny(1), tmp_path / "case", run="r", checkpoint="2")
+    assert [path.name for path in tmp_path.iterdir()] == ["case"]
+    assert read_mask(tmp_path / "case/mask.nii.gz")[0].all()
+    assert json.loads((tmp_path / "case/nodules.json").read_text())["checkpoint"] == "2"
+
+    (tmp_path / "scans").mkdir()
+    (tmp_path / "scans/IMG0001.dcm").write_bytes(b"scan")
+    with pytest.raises(DataError, match="output-foreign"):
+        write(tiny(1), tmp_path / "scans", run="r", checkpoint="2")
+    assert (tmp_path / "scans/IMG0001.dcm").read_bytes() == b"scan"
+
+
+def test_an_interrupted_write_leaves_nothing_and_keeps_earlier_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tiny(0), tmp_path / "case", run="r", checkpoint="1")
+
+    def interrupted(path: Path, *_: object) -> None:
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "write_mask", interrupted)
+    for name in ("case", "other"):
+        with pytest.raises(KeyboardInterrupt):
+            write(tiny(1), tmp_path / name, run="r", checkpoint="2")
+    assert [path.name for path in tmp_path.iterdir()] == ["case"]
+    assert json.loads((tmp_path / "case/nodules.json").read_text())["checkpoint"] == "1"
+
+
+def test_an_output_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="output-unwritable"):
+        write(tiny(1), tmp_path / "file/case", run="r", checkpoint="1")
+
+
+def test_a_missing_input_and_a_file_that_is_no_image_are_errors(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="input-missing"):
+        read_input(tmp_path / "nowhere")
+    for name in ("notes.txt", "broken.nii.gz", "broken.nrrd"):
+        (tmp_path / name).write_text("not an image")
+        with pytest.raises(DataError):
+            read_input(tmp_path / name)
+    with pytest.raises(DataError):
+        read_input(tmp_path)  # a folder without DICOM
+
+
+@pytest.mark.parametrize("name", ["scan.nii.gz", "scan.nii", "scan.nrrd"])
+def test_nifti_and_nrrd_are_read_with_their_geometry(tmp_path: Path, name: str) -> None:
+    image = sitk.GetImageFromArray(np.arange(24, dtype=np.int16).reshape(2, 3, 4))
+    image.SetSpacing((0.5, 0.75, 2.0))
+    image.SetOrigin((-10.0, 20.0, 30.0))
+    sitk.WriteImage(image, str(tmp_path / name))
+    volume = read_input(tmp_path / name)
+    np.testing.assert_array_equal(volume.volume_hu.ravel(), np.arange(24))
+    assert volume.geometry.spacing_mm == pytest.approx((2.0, 0.75, 0.5))
+    assert volume.geometry.origin_lps_mm == pytest.approx((-10, 20, 30))
+
+
+def test_cases_are_named_after_their_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert case_name(Path("a/p01.v2.nii.gz")) == "p01.v2"
+    assert case_name(Path("p01.nii")) == "p01"
+    assert case_name(Path("p01.nrrd")) == "p01"
+    assert case_name(Path("dicom/1.2.840/")) == "1.2.840"
+    assert case_name(Path(".")) == tmp_path.name
+    assert case_name(Path("/")) == "scan"
+
+
+def test_a_mask_of_a_real_dicom_series_lies_on_dense_tissue_in_its_lungs() -> None:
+    folder = SHARED / "ct64"
+    if not folder.is_dir():
+        pytest.skip("needs a chest CT series at ../shared/data/ct64 beside the checkout")
+    volume = read_input(folder)
+
+    found = segment(lambda hu: (hu > -500).astype(np.float32), volume, RECIPE)
+
+    assert found.lungs_found
+    inside = found.labels > 0
+    assert inside.sum() > 100
+    assert (volume.volume_hu[inside] > -700).mean() > 0.97
+    assert (volume.volume_hu[inside[::-1]] > -700).mean() < 0.9  # upside down it would not fit
