@@ -8,6 +8,7 @@ relative to the folder, and neither patients nor UIDs.
 
 from __future__ import annotations
 
+import struct
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from pydicom.config import disable_value_validation
 from pydicom.dataset import FileDataset
 from pydicom.errors import InvalidDicomError
 from pydicom.pixels import get_decoder
+from pydicom.uid import ImplicitVRLittleEndian, MediaStorageDirectoryStorage
 
 from lungseg.data.volume import AIR_HU, Geometry, Volume, vector
 from lungseg.errors import DataError, GeometryError
@@ -25,6 +27,18 @@ from lungseg.errors import DataError, GeometryError
 THREADS = 4
 IN_PLANE_TOLERANCE_MM = 0.1
 LATTICE_TOLERANCE = 0.1  # of the slice distance; positions are often written with few decimals
+# What pydicom raises on broken files, besides InvalidDicomError for a missing preamble.
+READ_ERRORS = (
+    OSError,
+    EOFError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    RuntimeError,
+    struct.error,
+)
+GEOMETRY_TAGS = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")
 HEADER_TAGS = ["Modality", "SeriesInstanceUID", "ImageType"]
 
 
@@ -53,11 +67,14 @@ def find_series(folder: Path) -> dict[str, list[Path]]:
             header = _dataset(path, folder, HEADER_TAGS)
             if (
                 header is None
-                or header.get("Modality") != "CT"
-                or "LOCALIZER" in (header.get("ImageType") or ())
+                or header.file_meta.get("MediaStorageSOPClassUID") == MediaStorageDirectoryStorage
             ):
                 continue
-            series.setdefault(str(header.get("SeriesInstanceUID", "")), []).append(path)
+            if not header.get("Modality") or not header.get("SeriesInstanceUID"):
+                # Cut short within the header: to leave it out could lose the last slice silently.
+                raise _broken(path, folder)
+            if header.Modality == "CT" and "LOCALIZER" not in (header.get("ImageType") or ()):
+                series.setdefault(str(header.SeriesInstanceUID), []).append(path)
     return series
 
 
@@ -104,33 +121,32 @@ def _dataset(path: Path, folder: Path, tags: list[str] | None = None) -> FileDat
         if path.suffix.lower() != ".dcm":
             return None
         raise _broken(path, folder) from error
-    except (OSError, EOFError, ValueError, KeyError, NotImplementedError) as error:
+    except READ_ERRORS as error:
         raise _broken(path, folder) from error
 
 
 def _broken(path: Path, folder: Path) -> DataError:
-    return DataError("dicom-unreadable", file=path.relative_to(folder), remedy="fetch this file again")
+    return DataError("dicom-unreadable", file=str(path.relative_to(folder)), remedy="fetch this file again")
 
 
 def _read_slice(path: Path, folder: Path) -> _Slice:
     name = str(path.relative_to(folder))
     dataset = _dataset(path, folder)
     assert dataset is not None  # find_series has read its header
-    missing = [
-        tag
-        for tag in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")
-        if not dataset.get(tag)
-    ]
-    if missing:
-        remedy = "export the original axial slices, not a derived image"
-        raise GeometryError("geometry-missing", file=name, tags=" ".join(missing), remedy=remedy)
-    return _Slice(
-        name,
-        np.array(dataset.ImagePositionPatient, np.float64),
-        np.array(dataset.ImageOrientationPatient, np.float64).reshape(2, 3),
-        np.array(dataset.PixelSpacing, np.float64),
-        _hu(dataset, name),
-    )
+    try:
+        missing = [tag for tag in GEOMETRY_TAGS if not dataset.get(tag)]
+        if missing:
+            remedy = "export the original axial slices, not a derived image"
+            raise GeometryError("geometry-missing", file=name, tags=" ".join(missing), remedy=remedy)
+        return _Slice(
+            name,
+            np.array(dataset.ImagePositionPatient, np.float64).reshape(3),
+            np.array(dataset.ImageOrientationPatient, np.float64).reshape(2, 3),
+            np.array(dataset.PixelSpacing, np.float64).reshape(2),
+            _hu(dataset, name),
+        )
+    except READ_ERRORS as error:  # values that are no numbers, or too few
+        raise _broken(path, folder) from error
 
 
 def _hu(dataset: FileDataset, name: str) -> np.ndarray:
@@ -151,7 +167,7 @@ def _hu(dataset: FileDataset, name: str) -> np.ndarray:
 
 
 def _pixels(dataset: FileDataset, name: str) -> np.ndarray:
-    syntax = dataset.file_meta.get("TransferSyntaxUID", pydicom.uid.ImplicitVRLittleEndian)
+    syntax = dataset.file_meta.get("TransferSyntaxUID", ImplicitVRLittleEndian)
     try:
         available = get_decoder(syntax).is_available
     except NotImplementedError:
@@ -161,7 +177,7 @@ def _pixels(dataset: FileDataset, name: str) -> np.ndarray:
         raise DataError("transfer-syntax", file=name, syntax=syntax.name, remedy=remedy)
     try:
         raw = dataset.pixel_array
-    except (AttributeError, ValueError, RuntimeError, NotImplementedError, EOFError, OSError) as error:
+    except READ_ERRORS as error:
         raise DataError(
             "pixels-unreadable", file=name, remedy="fetch this file again, it is cut short"
         ) from error
