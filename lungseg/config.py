@@ -72,7 +72,11 @@ class ShardConfig(_Frozen):
 
 
 class DataConfig(_Frozen):
-    spacing_mm: Annotated[tuple[Positive, Positive, Positive], Field(description="(z, y, x)")] = (1.0, 1.0, 1.0)
+    spacing_mm: Annotated[tuple[Positive, Positive, Positive], Field(description="(z, y, x)")] = (
+        1.0,
+        1.0,
+        1.0,
+    )
     lidc: LidcConfig = LidcConfig()
     split: SplitConfig = SplitConfig()
     patch: PatchConfig = PatchConfig()
@@ -85,7 +89,6 @@ class StreamConfig(_Frozen):
     prefetch_mib: int = Field(256, ge=1, description="decoded patches that may wait in memory")
     threads: int = Field(8, ge=1, le=128, description="parallel ranged GETs of one worker")
     refetches: int = Field(3, ge=0, description="new tries after a checksum mismatch")
-    cache_dir: Path | None = Field(None, description="a local folder for fetched record batches")
 
 
 class ModelConfig(_Frozen):
@@ -150,7 +153,7 @@ class TrainConfig(_Frozen):
     cpus_per_worker: int | None = Field(None, ge=1, description="default: all cores of the smallest node")
     gpus_per_worker: int = Field(0, ge=0)
     logical_cpu_devices: int = Field(1, ge=1, description="replicas of one CPU worker, to try out mirroring")
-    precision: Literal["auto", "float32", "mixed_bfloat16", "mixed_float16"] = "auto"
+    precision: Literal["auto", "float32", "mixed_bfloat16"] = "auto"
     seed: int = 0
     patience_epochs: int = Field(20, ge=1, description="early stopping: epochs without a better val Dice")
     max_failures: int = Field(3, ge=0, description="worker deaths that are survived by restarting the group")
@@ -202,19 +205,24 @@ class Recipe(_Frozen):
 
 
 def load_recipe(path: Path | str | None = None, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
-    """The recipe of a YAML file (or the defaults) with `a.b=c` overrides; values are YAML scalars or lists.
+    """The recipe of a YAML file (or the defaults) with `a.b=c` overrides, c being a YAML value.
 
-    Raises ConfigError: "recipe-missing", "recipe-syntax", "override-syntax", "field-unknown", "field-invalid".
+    Raises ConfigError: "recipe-missing", "recipe-syntax", "override-syntax", "field-unknown",
+    "field-invalid".
     """
     tree: dict[str, Any] = {}
     if path is not None:
         try:
             loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError("recipe-missing", recipe=path, remedy=f"give a readable YAML file ({error})") from error
+            raise ConfigError(
+                "recipe-missing", recipe=path, remedy=f"give a readable YAML file ({error})"
+            ) from error
         except yaml.YAMLError as error:
             detail = " ".join(str(error).split())
-            raise ConfigError("recipe-syntax", recipe=path, message=detail, remedy="correct the YAML") from error
+            raise ConfigError(
+                "recipe-syntax", recipe=path, message=detail, remedy="correct the YAML"
+            ) from error
         if loaded is not None and not isinstance(loaded, dict):
             raise ConfigError("recipe-syntax", recipe=path, remedy="a recipe is a mapping of sections")
         tree = loaded or {}
@@ -236,7 +244,11 @@ def parse_recipe(tree: dict[str, Any]) -> Recipe:
         # pydantic says "Value error, …" for our own validators.
         detail = first["msg"].removeprefix("Value error, ")
         raise ConfigError(
-            "field-invalid", field=field, value=first["input"] if field else "", message=detail, remedy="correct it"
+            "field-invalid",
+            field=field,
+            value=first["input"] if field else "",
+            message=detail,
+            remedy="correct it",
         ) from None
 
 
@@ -258,12 +270,16 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     for section in sections:
         child = tree.setdefault(section, {})
         if not isinstance(child, dict):
-            raise ConfigError("override-syntax", override=override, remedy=f"{section} is a value, not a section")
+            raise ConfigError(
+                "override-syntax", override=override, remedy=f"{section} is a value, not a section"
+            )
         tree = child
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError("override-syntax", override=override, remedy="the value must be valid YAML") from error
+        raise ConfigError(
+            "override-syntax", override=override, remedy="the value must be valid YAML"
+        ) from error
     # YAML 1.1 reads 1e-3 as text; people write learning rates that way.
     if isinstance(value, str):
         try:

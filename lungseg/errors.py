@@ -37,11 +37,12 @@ class LungsegError(Exception):
             one = todo.pop()
             if one is None or id(one) in seen:
                 continue
-            if isinstance(one, cls):
-                return one
             seen.add(id(one))
+            if isinstance(one, cls) and not isinstance(getattr(one, "cause", None), cls):
+                return one  # and not Ray's hybrid of its own error and ours
             workers = getattr(one, "worker_failures", None) or {}
-            todo += [one.__cause__, one.__context__, getattr(one, "cause", None), *workers.values()]
+            wrapped = [getattr(one, name, None) for name in ("cause", "controller_failure")]
+            todo += [one.__cause__, one.__context__, *wrapped, *workers.values()]
         return None
 
 

@@ -1,0 +1,283 @@
+"""The distributed job that turns cases into shards, whole volumes and a manifest.
+
+Two stages of Ray tasks. One task a scan resamples it, cuts its patches into a work file and commits that
+by a small JSON beside it, so a killed job reads no scan twice. Then a pure plan mixes the patches of all
+scans into shards, one task each. The manifest is written last. The result depends on the cases and the
+settings alone, never on the number of workers or the order in which they finish.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from lungseg.cluster import connect
+from lungseg.config import DataConfig, PatchConfig, SplitConfig
+from lungseg.data import patches, shards
+from lungseg.data.case import Case, LabelledScan
+from lungseg.data.lungs import lung_mask
+from lungseg.data.order import permutation
+from lungseg.data.shards import FORMAT, IGNORE, Manifest, Patch, Shard
+from lungseg.data.volume import Volume, resample, resample_onto
+from lungseg.data.volumes import StoredVolume, VolumeEntry, write_volume
+from lungseg.errors import DataError
+from lungseg.storage import Store, to_json
+from lungseg.telemetry import Progress
+
+SPLITS = ("train", "val", "test")
+AIR_HU = -1024
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What one scan gave: its work file of patches (one a record batch) and its stored volume."""
+
+    case_id: str
+    strata: tuple[str, ...]
+    work: Shard | None
+    volume: VolumeEntry | None
+    nodules: int
+
+
+def prepare(
+    store: Store,
+    name: str,
+    cases: Sequence[Case],
+    config: DataConfig,
+    progress: Progress,
+    excluded: Sequence[dict[str, str]] = (),
+) -> Manifest:
+    """The data set `name`; one that is there already with the same cases and settings is reused.
+
+    Raises DataError("data-exists") if it is there with others, and whatever a scan raises.
+    """
+    wanted = _fingerprint(
+        {"config": config.model_dump(mode="json"), "cases": sorted(c.case_id for c in cases)}
+    )
+    if store.exists(shards.manifest_key(name)):
+        return _existing(store, name, wanted)
+    split_of = assign_splits([(case.case_id, case.patient_id) for case in cases], config.split)
+    done = _scans(store, name, cases, split_of, config, progress)
+    manifest = Manifest(
+        name=name,
+        fingerprint=wanted,
+        config=config.model_dump(mode="json"),
+        patch_shape_zyx=config.patch.shape_zyx,
+        shards={split: _shards(store, name, split, done, split_of, config) for split in SPLITS[:2]},
+        volumes={
+            split: tuple(d.volume for d in done if d.volume and split_of[d.case_id] == split)
+            for split in SPLITS[1:]
+        },
+        cases={split: tuple(d.case_id for d in done if split_of[d.case_id] == split) for split in SPLITS},
+        counts={split: _counts([d for d in done if split_of[d.case_id] == split]) for split in SPLITS},
+        excluded=tuple(excluded),
+    )
+    if not store.put_if_absent(shards.manifest_key(name), manifest.to_bytes()):
+        return _existing(store, name, wanted)
+    store.delete([item.key for item in store.find(f"data/{name}/work/")])
+    return shards.load_manifest(store, name)
+
+
+def assign_splits(cases: Iterable[tuple[str, str]], config: SplitConfig) -> dict[str, str]:
+    """case id -> split, from (case id, patient id): all scans of a patient share one.
+
+    Patients are ranked by a seeded hash, the first share is test, the next val; a share above 0 gets one
+    patient at least while any is left for training.
+    """
+    cases = list(cases)
+    patients = sorted({patient for _, patient in cases}, key=lambda p: _fingerprint([config.seed, p]))
+    split: dict[str, str] = {}
+    free = len(patients) - 1
+    for name, share in (("test", config.test), ("val", config.val)):
+        count = min(free, max(1, round(share * len(patients)))) if share else 0
+        free -= count
+        split |= dict.fromkeys(patients[len(split) : len(split) + count], name)
+    return {case: split.get(patient, "train") for case, patient in cases}
+
+
+def plan_shards(
+    rows: Sequence[tuple[str, int, bool]], rows_per_batch: int, batches_per_shard: int, seed: int
+) -> list[list[list[tuple[str, int]]]]:
+    """Shards of record batches of (case id, row), from all (case id, row, is positive).
+
+    Both strata are shuffled over all scans and dealt out evenly, so that every run of n rows holds its
+    share of positives to within one.
+    """
+    chosen: dict[bool, list[tuple[str, int]]] = {True: [], False: []}
+    for case, row, positive in sorted(rows):
+        chosen[positive].append((case, row))
+    for positive, items in chosen.items():
+        chosen[positive] = [items[i] for i in permutation(len(items), seed, int(positive))]
+    total, positives = len(rows), len(chosen[True])
+    mixed = []
+    for k in range(total):
+        # Bresenham's line: the running count of positives is floor(k * share) throughout.
+        mixed.append(chosen[(k + 1) * positives // total > k * positives // total].pop())
+    batches = [mixed[i : i + rows_per_batch] for i in range(0, total, rows_per_batch)]
+    return [batches[i : i + batches_per_shard] for i in range(0, len(batches), batches_per_shard)]
+
+
+def _existing(store: Store, name: str, wanted: str) -> Manifest:
+    manifest = shards.load_manifest(store, name)
+    if manifest.fingerprint != wanted:
+        remedy = "choose another --data name, or delete the old data set"
+        message = "made from other scans or settings"
+        raise DataError("data-exists", data=name, store=store.uri, message=message, remedy=remedy)
+    return manifest
+
+
+def _scans(
+    store: Store,
+    name: str,
+    cases: Sequence[Case],
+    split_of: dict[str, str],
+    config: DataConfig,
+    progress: Progress,
+) -> list[Prepared]:
+    ray = connect()
+    task = ray.remote(num_cpus=1, max_retries=3)(_scan_task)
+    pending = [task.remote(store, name, case, split_of[case.case_id], config) for case in cases]
+    done: list[Prepared] = []
+    progress(0, len(cases))
+    try:
+        while pending:
+            ready, pending = ray.wait(pending)
+            done += ray.get(ready)
+            progress(len(done), len(cases))
+    finally:
+        for reference in pending:
+            ray.cancel(reference)
+    return sorted(done, key=lambda d: d.case_id)
+
+
+def _scan_task(store: Store, name: str, case: Case, split: str, config: DataConfig) -> Prepared:
+    """Work of one scan, or what an earlier, killed job committed of it."""
+    settings = config.model_dump(mode="json", exclude={"shard", "split"})
+    wanted = _fingerprint({"settings": settings, "case": case.case_id, "split": split})
+    key = f"data/{name}/work/{case.case_id}.json"
+    if store.exists(key):
+        tree = store.get_json(key)
+        if tree.pop("fingerprint") == wanted:
+            return _prepared_from_json(tree)
+    scan = case.load()
+    stored, ignore = to_grid(scan, config.spacing_mm)
+    cut = [] if split == "test" else cut_patches(case.case_id, scan, stored, ignore, config.patch)
+    work = None
+    if cut:
+        work_key = f"data/{name}/work/{case.case_id}.arrow"
+        work = shards.write_shard(store, work_key, ([p] for p in cut), config.patch.shape_zyx, "lz4")
+    volume = None
+    if split != "train":
+        volume_key = f"data/{name}/volumes/{split}/{case.case_id}.arrow"
+        volume = write_volume(store, volume_key, case.case_id, stored)
+    prepared = Prepared(case.case_id, tuple(p.stratum for p in cut), work, volume, len(scan.nodules))
+    store.put(key, to_json({"fingerprint": wanted, **asdict(prepared)}))
+    return prepared
+
+
+def to_grid(scan: LabelledScan, spacing_mm: tuple[float, float, float]) -> tuple[StoredVolume, np.ndarray]:
+    """The scan on LPS axes at `spacing_mm` with its mask (IGNORE where the ignore regions are), and those
+    regions alone. Masks go through linear interpolation and 0.5, which keeps a nodule's volume."""
+    volume = resample(scan.volume, spacing_mm)
+
+    def onto(mask: np.ndarray) -> np.ndarray:
+        if not mask.any():
+            return np.zeros(volume.geometry.shape_zyx, bool)
+        soft = resample_onto(mask.astype(np.float32), scan.volume.geometry, volume.geometry, nearest=False)
+        return soft >= 0.5
+
+    target, ignore = onto(scan.mask), onto(scan.ignore)
+    mask = np.where(target, np.uint8(1), np.where(ignore, np.uint8(IGNORE), np.uint8(0)))
+    return StoredVolume(volume, mask), ignore & ~target
+
+
+def cut_patches(
+    case_id: str, scan: LabelledScan, stored: StoredVolume, ignore: np.ndarray, config: PatchConfig
+) -> list[Patch]:
+    """The training patches of one scan; deterministic in the case id and the settings."""
+    volume: Volume = stored.volume
+    centres = [
+        (n.nodule_id, tuple(np.rint(volume.geometry.to_index_zyx(n.centre_lps_mm)).astype(int).tolist()))
+        for n in scan.nodules
+    ]
+    seed = int(_fingerprint([config.seed, case_id])[:15], 16)
+    target = (stored.mask == 1).astype(np.uint8)
+    lungs = lung_mask(volume)
+    sites = patches.select_sites(
+        target, ignore.astype(np.uint8), lungs, volume.volume_hu, centres, config, seed
+    )
+    return [
+        Patch(
+            image_hu=patches.cut(volume.volume_hu, site.centre_zyx, config.shape_zyx, AIR_HU),
+            mask=patches.cut(stored.mask, site.centre_zyx, config.shape_zyx, 0),
+            case_id=case_id,
+            nodule_id=site.nodule_id,
+            stratum=site.stratum,
+            centre_lps_mm=tuple(volume.geometry.to_lps_mm(site.centre_zyx).tolist()),
+            spacing_mm=volume.geometry.spacing_mm,
+        )
+        for site in sites
+    ]
+
+
+def _shards(
+    store: Store,
+    name: str,
+    split: str,
+    done: Sequence[Prepared],
+    split_of: dict[str, str],
+    config: DataConfig,
+) -> tuple[Shard, ...]:
+    mine = {d.case_id: d for d in done if split_of[d.case_id] == split and d.work}
+    rows = [(c, row, s == "nodule") for c, d in mine.items() for row, s in enumerate(d.strata)]
+    patch_bytes = 3 * int(np.prod(config.patch.shape_zyx))
+    per_shard = max(1, (config.shard.target_mib << 20) // (patch_bytes * config.shard.rows_per_batch))
+    plan = plan_shards(rows, config.shard.rows_per_batch, per_shard, config.shard.seed)
+    ray = connect()
+    task = ray.remote(num_cpus=1, max_retries=3)(_shard_task)
+    work = {case: d.work for case, d in mine.items()}
+    pending = []
+    for number, batches in enumerate(plan):
+        needed = {case: work[case] for batch in batches for case, _ in batch}
+        key = f"data/{name}/shards/{split}-{number:05d}.arrow"
+        pending.append(task.remote(store, key, batches, needed, config))
+    return tuple(ray.get(pending))
+
+
+def _shard_task(
+    store: Store,
+    key: str,
+    batches: list[list[tuple[str, int]]],
+    work: dict[str, Shard],
+    config: DataConfig,
+) -> Shard:
+    layout = shards.schema(config.patch.shape_zyx)
+
+    def load(case: str, row: int) -> Patch:
+        return shards.patch_of(shards.read_record_batch(store, work[case], row, layout), 0)
+
+    groups = ([load(case, row) for case, row in batch] for batch in batches)
+    return shards.write_shard(store, key, groups, config.patch.shape_zyx, config.shard.codec)
+
+
+def _counts(done: Sequence[Prepared]) -> dict[str, int]:
+    strata = Counter(stratum for d in done for stratum in d.strata)
+    return {"scans": len(done), "nodules": sum(d.nodules for d in done), "patches": strata.total(), **strata}
+
+
+def _prepared_from_json(tree: dict[str, Any]) -> Prepared:
+    work, volume = tree.pop("work"), tree.pop("volume")
+    return Prepared(
+        **{**tree, "strata": tuple(tree["strata"])},
+        work=Shard.from_json(work) if work else None,
+        volume=VolumeEntry(**volume) if volume else None,
+    )
+
+
+def _fingerprint(value: Any) -> str:
+    return hashlib.sha256(to_json([FORMAT, value])).hexdigest()

@@ -1,0 +1,123 @@
+"""Patches from the store as batches of fixed shape, fetched and decoded ahead of the step that needs them.
+
+Record batches are fetched in parallel by ranged GETs, verified and decoded on threads; the next batches
+wait in memory up to a bound in bytes. The order is that of `order`, whatever arrives first.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+
+from lungseg.config import StreamConfig
+from lungseg.data import order, shards
+from lungseg.data.order import RowSlice
+from lungseg.data.shards import IGNORE, Manifest
+from lungseg.storage import Store
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's share of a global batch: `image_hu` int16 and `mask` uint8, both [n, z, y, x].
+
+    `first_row` is the number of its first row within the global batch.
+    """
+
+    step: int
+    first_row: int
+    image_hu: np.ndarray
+    mask: np.ndarray
+
+
+class PatchStream:
+    """An iterator of `Batch`. Use it in a `with` block: leaving it stops every thread, also on an error.
+
+    Training batches go on for ever from `first_step`; evaluation gives every row once and fills up the
+    last batch with rows that are IGNORE throughout, so that shapes stay static and counts stay right.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        manifest: Manifest,
+        split: str,
+        config: StreamConfig,
+        *,
+        global_batch: int,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        first_step: int = 0,
+        training: bool = True,
+    ) -> None:
+        self._store, self._config = store, config
+        self._batches = manifest.record_batches(split)
+        self._layout = shards.schema(manifest.patch_shape_zyx)
+        self._shape = manifest.patch_shape_zyx
+        self._share = global_batch // world_size
+        self._first_row = rank * self._share
+        place: dict[str, Any] = {"global_batch": global_batch, "rank": rank, "world_size": world_size}
+        rows = manifest.rows(split)
+        if training:
+            order.steps_per_pass(rows, global_batch)  # refuse too small a split here, not on a thread
+            self._plan = order.training_batches(rows, seed=seed, first_step=first_step, **place)
+        else:
+            self._plan = order.evaluation_batches(rows, **place)
+        self._step = first_step
+        batch_bytes = 3 * self._share * int(np.prod(self._shape))
+        self._ahead = max(1, (config.prefetch_mib << 20) // batch_bytes)
+        self._waiting: deque[list[tuple[RowSlice, Future[Any]]]] = deque()
+        self._threads: ThreadPoolExecutor | None = None
+        self.waited_seconds = 0.0
+
+    def __enter__(self) -> Self:
+        self._threads = ThreadPoolExecutor(self._config.threads, thread_name_prefix="lungseg-stream")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._threads is not None
+        self._waiting.clear()
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        self._threads = None
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            self._fill()
+            if not self._waiting:
+                return
+            began = time.perf_counter()
+            pieces = [(piece, future.result()) for piece, future in self._waiting.popleft()]
+            self.waited_seconds += time.perf_counter() - began
+            yield self._assemble(pieces)
+            self._step += 1
+
+    def _fill(self) -> None:
+        if self._threads is None:
+            raise RuntimeError("a PatchStream is iterated inside its `with` block")
+        while len(self._waiting) < self._ahead:
+            pieces = next(self._plan, None)
+            if pieces is None:
+                return
+            self._waiting.append([(p, self._threads.submit(self._load, p.record_batch)) for p in pieces])
+
+    def _load(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        shard, within = self._batches[number]
+        batch = shards.read_record_batch(self._store, shard, within, self._layout, self._config.refetches)
+        return shards.tensors(batch, "image"), shards.tensors(batch, "mask")
+
+    def _assemble(self, pieces: list[tuple[RowSlice, tuple[np.ndarray, np.ndarray]]]) -> Batch:
+        image = np.zeros((self._share, *self._shape), np.int16)
+        mask = np.full((self._share, *self._shape), IGNORE, np.uint8)
+        row = 0
+        for piece, (images, masks) in pieces:
+            upto = row + piece.stop - piece.start
+            image[row:upto] = images[piece.start : piece.stop]
+            mask[row:upto] = masks[piece.start : piece.stop]
+            row = upto
+        return Batch(self._step, self._first_row, image, mask)

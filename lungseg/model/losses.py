@@ -1,0 +1,65 @@
+"""Segmentation losses on logits, with voxels to ignore.
+
+Logits are float32 [n, z, y, x, 1]; masks hold 1 (nodule), 0 and 255 (ignore: no loss, no gradient).
+`reduction` says over what the overlap losses count: "sample" makes one Dice a patch, "batch" one over all
+patches of a replica, which is steadier when many patches hold no nodule (Isensee et al., 2021). The result
+is float32 [n] (for "batch" n equal values), so that its sum over all replicas divided by the global batch
+is the mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import tensorflow as tf
+
+from lungseg.config import LossConfig
+
+Loss = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
+_SMOOTH = 1.0
+"""Added to both sides of an overlap ratio, in voxels: keeps gradients finite on empty masks."""
+
+
+def make_loss(config: LossConfig) -> Loss:
+    """The loss of a recipe, (logits, mask) -> float32 [n]."""
+    parts: dict[str, Loss] = {
+        "dice": lambda logits, mask: _tversky(logits, mask, 0.5, config.reduction),
+        "tversky": lambda logits, mask: _tversky(logits, mask, config.tversky_alpha, config.reduction),
+        "bce": lambda logits, mask: _cross_entropy(logits, mask, 0.0),
+        "focal": lambda logits, mask: _cross_entropy(logits, mask, config.focal_gamma),
+    }
+    if config.name == "focal_tversky":
+        # Abraham & Khan (2019) raise to 1/gamma with gamma = 4/3.
+        return lambda logits, mask: tf.pow(tf.maximum(parts["tversky"](logits, mask), 1e-6), 0.75)
+    chosen = [parts[name] for name in config.name.split("_")]
+    return lambda logits, mask: tf.add_n([part(logits, mask) for part in chosen])
+
+
+def target_and_weight(mask: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """float32 target (1 nodule) and weight (0 where ignored) of a mask."""
+    return tf.cast(mask == 1, tf.float32), tf.cast(mask != 255, tf.float32)
+
+
+def _tversky(logits: tf.Tensor, mask: tf.Tensor, alpha: float, reduction: str) -> tf.Tensor:
+    """1 - TP / (TP + alpha FP + (1 - alpha) FN) on probabilities (Salehi et al., 2017); alpha 0.5 is soft
+    Dice (Milletari et al., 2016)."""
+    target, weight = target_and_weight(mask)
+    axes = [1, 2, 3, 4] if reduction == "sample" else [0, 1, 2, 3, 4]
+    probability = tf.sigmoid(logits) * weight
+    hit = tf.reduce_sum(probability * target, axes)
+    predicted, reference = tf.reduce_sum(probability, axes), tf.reduce_sum(target * weight, axes)
+    # Twice the textbook's numerator and denominator, so that _SMOOTH counts as in soft Dice.
+    ratio = (2 * hit + _SMOOTH) / (
+        2 * (hit + alpha * (predicted - hit) + (1 - alpha) * (reference - hit)) + _SMOOTH
+    )
+    return (1 - ratio) * tf.ones([tf.shape(logits)[0]])
+
+
+def _cross_entropy(logits: tf.Tensor, mask: tf.Tensor, gamma: float) -> tf.Tensor:
+    """Mean binary cross-entropy of each sample, times (1 - p of the true class)^gamma (Lin et al., 2017)."""
+    target, weight = target_and_weight(mask)
+    entropy = tf.nn.sigmoid_cross_entropy_with_logits(target, logits)
+    if gamma:
+        entropy *= tf.pow(1 - tf.exp(-entropy), gamma)  # exp(-entropy) is the true class's probability
+    axes = [1, 2, 3, 4]
+    return tf.math.divide_no_nan(tf.reduce_sum(entropy * weight, axes), tf.reduce_sum(weight, axes))

@@ -1,0 +1,76 @@
+"""What a run says of itself while it works: progress for people, metrics for Prometheus, logs.
+
+Nothing here ever gets patient data: callers pass counts, seconds and case ids.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from prometheus_client import Counter, Gauge, Histogram
+
+LABELS = ("run", "trial", "rank")
+STEP_SECONDS = Histogram("lungseg_step_seconds", "One training step, all replicas", LABELS)
+DATA_WAIT_SECONDS = Counter("lungseg_data_wait_seconds", "Time the step waited for patches", LABELS)
+PATCHES = Counter("lungseg_patches", "Patches trained on by this worker", LABELS)
+TRAIN_LOSS = Gauge("lungseg_train_loss", "Mean training loss of the last epoch", LABELS)
+VAL_DICE = Gauge("lungseg_val_dice", "Dice over the validation patches of the last epoch", LABELS)
+
+Progress = Callable[[int, int], None]
+
+
+def log(name: str) -> logging.Logger:
+    """A logger below "lungseg" that writes one line to standard error; LUNGSEG_LOG sets the level."""
+    root = logging.getLogger("lungseg")
+    if not root.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S"))
+        root.addHandler(handler)
+        root.setLevel(logging.INFO)
+        root.propagate = False
+    return root.getChild(name.removeprefix("lungseg."))
+
+
+@contextmanager
+def progress(title: str) -> Iterator[Progress]:
+    """A bar with an estimate on a terminal, and a line every few seconds in a log file.
+
+    Yields `report(done, total)`.
+    """
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+        from rich.progress import Progress as Bar
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        with Bar(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+            task = bar.add_task(title, total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+        return
+    began = time.monotonic()
+    last = began
+
+    def report(done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if done < total and now - last < 5:
+            return
+        last = now
+        left = (now - began) / max(done, 1) * (total - done)
+        print(
+            f"{title}: {done}/{total}, {now - began:.0f} s, about {left:.0f} s left",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    yield report

@@ -1,0 +1,60 @@
+"""Which devices a worker uses, in which precision, and how replicas are kept equal.
+
+One worker mirrors over its own devices; several add an all-reduce between workers (NCCL on GPU, ring on
+CPU). Called once in a process, before TensorFlow touches a device.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import keras
+import tensorflow as tf
+
+from lungseg.config import TrainConfig
+
+Precision = Literal["float32", "mixed_bfloat16"]
+
+
+def make_strategy(config: TrainConfig, world_size: int, threads: int | None) -> tf.distribute.Strategy:
+    """The strategy of this worker; for several, TF_CONFIG names the peers (Ray Train sets it)."""
+    if threads:
+        # Ray counts CPUs but binds none: two workers that each take all cores slow both down.
+        tf.config.threading.set_intra_op_parallelism_threads(threads)
+        tf.config.threading.set_inter_op_parallelism_threads(max(1, config.logical_cpu_devices))
+    gpus = tf.config.list_physical_devices("GPU") if config.gpus_per_worker else []
+    for gpu in gpus:
+        tf.config.experimental.set_memory_growth(gpu, True)
+    if not gpus and config.logical_cpu_devices > 1:
+        cpu = tf.config.list_physical_devices("CPU")[0]
+        parts = [tf.config.LogicalDeviceConfiguration()] * config.logical_cpu_devices
+        tf.config.set_logical_device_configuration(cpu, parts)
+    if world_size > 1:
+        kind = tf.distribute.experimental.CommunicationImplementation
+        options = tf.distribute.experimental.CommunicationOptions(
+            implementation=kind.NCCL if gpus else kind.RING
+        )
+        return tf.distribute.MultiWorkerMirroredStrategy(communication_options=options)
+    count = len(gpus) or config.logical_cpu_devices
+    return tf.distribute.MirroredStrategy([f"{'GPU' if gpus else 'CPU'}:{i}" for i in range(count)])
+
+
+def choose_precision(config: TrainConfig) -> Precision:
+    """ "auto" is bfloat16 with float32 weights where the hardware multiplies bfloat16, else float32."""
+    if config.precision != "auto":
+        return config.precision
+    gpus = tf.config.list_physical_devices("GPU") if config.gpus_per_worker else []
+    if gpus:
+        capability = tf.config.experimental.get_device_details(gpus[0]).get("compute_capability", (0, 0))
+        return "mixed_bfloat16" if capability >= (8, 0) else "float32"
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = cpuinfo.read_text(encoding="ascii", errors="replace") if cpuinfo.exists() else ""
+    return "mixed_bfloat16" if "avx512_bf16" in flags or "amx_bf16" in flags else "float32"
+
+
+def set_precision(config: TrainConfig) -> Precision:
+    """Make Keras build its next layers in the recipe's precision, and say which that is."""
+    precision = choose_precision(config)
+    keras.mixed_precision.set_dtype_policy(precision)
+    return precision
