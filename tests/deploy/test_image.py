@@ -1,0 +1,58 @@
+"""The image and the laptop stack, as far as they can be judged without a container engine."""
+
+from __future__ import annotations
+
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_hadolint_finds_nothing_in_the_dockerfile() -> None:
+    hadolint = Path(sysconfig.get_path("scripts")) / "hadolint"
+    done = subprocess.run([hadolint, ROOT / "Dockerfile"], capture_output=True, text=True, timeout=30)
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_build_context_holds_all_that_the_dockerfile_copies() -> None:
+    kept = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    copied = set()
+    for line in (ROOT / "Dockerfile").read_text().splitlines():
+        if line.startswith("COPY ") and "--from=" not in line:
+            copied |= set(line.split()[1:-1])
+    assert copied == kept
+    assert all((ROOT / name).exists() for name in copied)
+
+
+def test_the_image_is_not_roots_and_finds_the_jobs_below_its_working_folder() -> None:
+    lines = (ROOT / "Dockerfile").read_text().splitlines()
+    final = lines[max(number for number, line in enumerate(lines) if line.startswith("FROM ")) :]
+    assert "USER 1000:1000" in final
+    assert "WORKDIR /app" in final
+    assert "COPY jobs ./jobs" in final
+
+
+def test_the_laptop_stack_listens_on_this_machine_only_and_holds_no_secret() -> None:
+    services = yaml.safe_load((ROOT / "deploy/compose.yaml").read_text())["services"]
+    published = [port for service in services.values() for port in service.get("ports", [])]
+    assert len(published) == 2
+    assert all(port.startswith("127.0.0.1:") for port in published)
+    environment = services["head"]["environment"]
+    assert environment["AWS_SECRET_ACCESS_KEY"] is None, "handed on from the shell"
+
+
+def test_the_laptop_stack_and_the_chart_start_the_same_store() -> None:
+    stack = yaml.safe_load((ROOT / "deploy/compose.yaml").read_text())["services"]["store"]
+    chart = (ROOT / "helm/lungseg/templates/objectstore.yaml").read_text()
+    values = yaml.safe_load((ROOT / "helm/lungseg/values.yaml").read_text())
+    assert stack["image"] == values["objectStore"]["bundled"]["image"]
+    for argument in stack["command"]:
+        assert f"- {argument}\n" in chart
+
+
+def test_the_image_has_the_ray_that_the_chart_announces() -> None:
+    ray = yaml.safe_load((ROOT / "helm/lungseg/values.yaml").read_text())["rayVersion"]
+    assert f"ray[default,train,tune]=={ray.rpartition('.')[0]}.*" in (ROOT / "pyproject.toml").read_text()

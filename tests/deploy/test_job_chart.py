@@ -1,0 +1,137 @@
+"""What helm/lungseg-job renders is a RayJob that KubeRay takes, and its entry point says what was asked."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lungseg.config import load_recipe
+
+ROOT = Path(__file__).parents[2]
+JOBS = {
+    "prepare": ["--set=job=prepare,data=lidc,source.kind=pairs"],
+    "train": ["--set=job=train,data=lidc,run=first,resume=true,activeDeadlineSeconds=2000000"],
+    "tune": ["--set=job=tune,data=lidc,run=sweep,trials=7,recipe=jobs/recipes/small.yaml"],
+    "evaluate": [
+        "--set=job=evaluate,run=first,store=s3://bucket,out=/tmp/report,entrypointCpus=2,entrypointGpus=1"
+    ],
+}
+
+
+RenderOne = Callable[..., dict[str, Any]]
+Validate = Callable[[dict[str, Any]], None]
+
+
+def entrypoint(job: dict[str, Any]) -> list[str]:
+    return shlex.split(job["spec"]["entrypoint"])
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_every_job_passes_lint_and_kuberays_schema(
+    job: str, helm: Callable[..., Any], render_one: RenderOne, validate: Validate
+) -> None:
+    linted = helm("lint", "--strict", "helm/lungseg-job", *JOBS[job])
+    assert linted.returncode == 0, linted.stdout + linted.stderr
+    validate(render_one("RayJob", "lungseg-job", *JOBS[job]))
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_an_entry_point_names_a_script_that_exists(job: str, render_one: RenderOne) -> None:
+    python, script, *_ = entrypoint(render_one("RayJob", "lungseg-job", *JOBS[job]))
+    assert (python, script) == ("python", f"jobs/{job}.py")
+    assert (ROOT / script).is_file()
+
+
+def test_arguments_follow_the_jobs_contract(render_one: RenderOne) -> None:
+    lines = {
+        job: " ".join(entrypoint(render_one("RayJob", "lungseg-job", *flags))) for job, flags in JOBS.items()
+    }
+    assert lines == {
+        "prepare": "python jobs/prepare.py pairs /inputs --data lidc",
+        "train": "python jobs/train.py --data lidc --run first --resume",
+        "tune": "python jobs/tune.py --data lidc --run sweep --trials 7 --recipe jobs/recipes/small.yaml",
+        "evaluate": "python jobs/evaluate.py --store s3://bucket --run first --split test --out /tmp/report",
+    }
+
+
+def test_settings_reach_the_recipe_unchanged(render_one: RenderOne, tmp_path: Path) -> None:
+    settings: dict[str, dict[str, Any]] = {
+        "train": {"epochs": 1000000, "max_minutes": 0.5, "workers": 2, "precision": "mixed_bfloat16"},
+        "optimizer": {"learning_rate": 0.00001},
+        "tune": {"learning_rate": [0.00001, 0.1], "loss": ["dice", "focal"], "width": [8]},
+        "augment": {"flips": False},
+    }
+    values = tmp_path / "job.yaml"
+    values.write_text(yaml.safe_dump({"data": "lidc", "run": "first", "settings": settings}))
+    words = entrypoint(render_one("RayJob", "lungseg-job", "--values", values))
+    assert words[:6] == ["python", "jobs/train.py", "--data", "lidc", "--run", "first"]
+    assert words[6::2] == ["--set"] * 9
+    recipe = load_recipe(None, words[7::2]).model_dump(mode="json")
+    for section, fields in settings.items():
+        assert {name: recipe[section][name] for name in fields} == fields
+
+
+def test_the_shell_that_runs_an_entry_point_expands_nothing(render_one: RenderOne, tmp_path: Path) -> None:
+    hostile = ["it's", "$HOME", "`id`", "a b", "; exit 1", 'say "x"', "", "ä\\n"]
+    values = tmp_path / "job.yaml"
+    values.write_text(yaml.safe_dump({"data": "lidc", "run": "first", "args": hostile}))
+    line = render_one("RayJob", "lungseg-job", "--values", values)["spec"]["entrypoint"]
+    script = line.replace("python", "printf '%s\\n'", 1)
+    printed = subprocess.run(["/bin/sh", "-c", script], capture_output=True, text=True, check=True).stdout
+    assert printed.split("\n")[-len(hostile) - 1 : -1] == hostile
+
+
+@pytest.mark.parametrize(
+    ("flag", "named"),
+    [
+        ("job=predict", "/job"),
+        ("run=", "needs the name of a run"),
+        ("data=", "needs the name of the prepared data"),
+        ("run=../other", "/run"),
+        ("store=s3://key:secret@bucket", "/store"),
+        ("resume=true,new=true", "set one of them"),
+        ("job=tune,resume=true", "belong to job=train"),
+        ("job=evaluate,recipe=x.yaml", "belong to job=train and job=tune"),
+        ("ownCluster.backoffLimit=2", "KubeRay refuses retries on a shared cluster"),
+        ("activeDeadlineSeconds=0", "/activeDeadlineSeconds"),
+        ("epochs=5", "epochs"),
+    ],
+)
+def test_wrong_job_values_are_refused_by_name(flag: str, named: str, helm: Callable[..., Any]) -> None:
+    done = helm("template", "one", "helm/lungseg-job", f"--set=data=lidc,run=first,{flag}")
+    assert done.returncode != 0
+    assert named in done.stderr
+
+
+@pytest.mark.parametrize("name", ["1st", "a.b", "n" * 48])
+def test_a_release_name_that_kuberay_refuses_is_refused(name: str, helm: Callable[..., Any]) -> None:
+    for chart in (["helm/lungseg"], ["helm/lungseg-job", *JOBS["train"]]):
+        done = helm("template", name, *chart)
+        assert done.returncode != 0
+        assert "release name" in done.stderr
+
+
+def test_a_job_on_a_shared_cluster_neither_retries_nor_deletes(render_one: RenderOne) -> None:
+    spec = render_one("RayJob", "lungseg-job", *JOBS["train"])["spec"]
+    assert spec["clusterSelector"] == {"ray.io/cluster": "lungseg"}
+    assert spec["activeDeadlineSeconds"] == 2000000
+    assert not {"backoffLimit", "shutdownAfterJobFinishes", "ttlSecondsAfterFinished"} & set(spec)
+
+
+def test_a_job_may_bring_the_cluster_that_the_other_chart_renders(
+    render_one: RenderOne, validate: Validate, tmp_path: Path
+) -> None:
+    cluster = render_one("RayCluster", "lungseg")["spec"]
+    values = tmp_path / "own.yaml"
+    values.write_text(yaml.safe_dump({"ownCluster": {"rayClusterSpec": cluster, "backoffLimit": 2}}))
+    job = render_one("RayJob", "lungseg-job", *JOBS["train"], "--values", values)
+    validate(job)
+    assert job["spec"]["rayClusterSpec"] == cluster
+    assert "clusterSelector" not in job["spec"]
+    assert (job["spec"]["backoffLimit"], job["spec"]["ttlSecondsAfterFinished"]) == (2, 600)
