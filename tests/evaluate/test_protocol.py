@@ -75,7 +75,8 @@ def test_ignore_regions_are_neither_target_nor_false_positive() -> None:
     result = score(truth + ignored, truth, ignored)
     assert (result.dice, result.soft_dice, result.accuracy, result.false_positives) == (1, 1, 1, 0)
     assert result.components == 2
-    assert score(truth, truth + ignored, ignored).nodules == 1
+    both = score(EMPTY, truth + ignored, ignored)
+    assert (both.nodules, both.crop_dice) == (1, 0)
     assert score(truth + box(62), truth, ignored).false_positives == 0  # it touches the region
 
 
@@ -109,15 +110,15 @@ def test_grids_that_differ_are_refused() -> None:
 
 def test_the_summary_averages_scans_over_scans_and_nodules_over_nodules() -> None:
     one = score(box(10), box(10))
-    two = score(EMPTY, box(10) + box(30) + box(60))
+    two = score(box(10) + box(30), box(10) + box(30) + box(110))
     none = score(box(10), EMPTY)
     summary = summarise([one, two, none])
     assert summary["cases"] == 3
-    assert summary["dice"] == pytest.approx(1 / 3)
-    assert summary["loss"] == pytest.approx(2 / 3)
-    assert summary["per_nodule_dice"] == pytest.approx(1 / 4)
-    assert summary["crop_dice"] == pytest.approx(1 / 4)
-    assert (summary["nodules"], summary["detected"], summary["sensitivity"]) == (4, 1, 0.25)
+    assert summary["dice"] == pytest.approx((1 + 0.8 + 0) / 3)
+    assert summary["loss"] == pytest.approx((0 + 0.2 + 1) / 3)
+    assert summary["per_nodule_dice"] == pytest.approx(3 / 4)
+    assert summary["crop_dice"] == pytest.approx(3 / 4)
+    assert (summary["nodules"], summary["detected"], summary["sensitivity"]) == (4, 3, 0.75)
     assert summary["false_positives_per_scan"] == pytest.approx(1 / 3)
     assert summarise([none])["sensitivity"] is None
     with pytest.raises(DataError, match="split-empty"):

@@ -71,11 +71,12 @@ def test_only_components_within_3_mm_of_the_lungs_stay() -> None:
 
 def test_the_distance_to_the_lungs_is_in_mm_along_each_axis() -> None:
     probability = np.zeros((12, 3, 3), np.float32)
-    lungs = np.zeros(probability.shape, np.uint8)
-    lungs[0] = 1
-    probability[2, 1, 1] = 1
-    assert components(probability, ALL, (1.5, 1.0, 1.0), lungs).max() == 1
-    assert components(probability, ALL, (1.6, 1.0, 1.0), lungs).max() == 0
+    probability[5, 1, 1] = 1
+    for lung in (3, 7):
+        lungs = np.zeros(probability.shape, np.uint8)
+        lungs[lung] = 1
+        assert components(probability, ALL, (1.5, 1.0, 1.0), lungs).max() == 1
+        assert components(probability, ALL, (1.6, 1.0, 1.0), lungs).max() == 0
 
 
 def test_nothing_above_the_threshold_gives_no_labels() -> None:

@@ -97,8 +97,8 @@ def test_the_long_axis_agrees_with_all_pairs_of_face_midpoints(seed: int) -> Non
 
 def test_hu_statistics_are_those_of_the_labels_own_voxels() -> None:
     labels = np.zeros((1, 1, 8), np.int32)
-    labels[0, 0, 1:4], labels[0, 0, 6] = 1, 3  # two, interleaved boxes apart; label 2 is absent
-    hu = np.array([[[0, 10, 20, 30, 900, 900, -300, 0]]], np.int16)
+    labels[0, 0, [1, 3, 6]], labels[0, 0, 5] = 1, 3  # one within the other's box; label 2 is absent
+    hu = np.array([[[0, 10, 900, 20, 900, -300, 30, 0]]], np.int16)
     one, three = measure(labels, Volume(hu, grid((1, 1, 8), (1.0, 1.0, 1.0), IDENTITY)))
     assert (one.label, one.mean_hu) == (1, 20)
     assert one.sd_hu == pytest.approx(math.sqrt(200 / 3))
