@@ -93,13 +93,19 @@ def _by_stem(folder: Path) -> dict[str, Path]:
 def _patients(table: Path) -> dict[str, str]:
     if not table.exists():
         return {}
-    with table.open(newline="", encoding="utf-8-sig") as stream:
-        rows = list(csv.DictReader(stream))
+    try:
+        with table.open(newline="", encoding="utf-8-sig") as stream:
+            rows = list(csv.DictReader(stream))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise _invalid(table) from error
     if not rows or not all(row.get("name") and row.get("patient") for row in rows):
-        raise DataError(
-            "patients-invalid", file=table, remedy="write the columns name,patient and fill each row"
-        )
+        raise _invalid(table)
     return {row["name"]: row["patient"] for row in rows}
+
+
+def _invalid(table: Path) -> DataError:
+    remedy = "write UTF-8 text with the columns name,patient and fill each row"
+    return DataError("patients-invalid", file=table, remedy=remedy)
 
 
 def _check_grids(image: Path, mask: Path) -> None:

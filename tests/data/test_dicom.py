@@ -286,9 +286,7 @@ def test_what_is_no_ct_slice_is_left_out(tmp_path):
     (tmp_path / "notes.txt").write_text("not DICOM")
     (tmp_path / "annotations.xml").write_text("<xml/>" * 100)
     (tmp_path / "._0.dcm").write_bytes(b"resource fork")
-    directory = slice_of(hu[0], Modality="")
-    directory.file_meta.MediaStorageSOPClassUID = MediaStorageDirectoryStorage
-    save(directory, tmp_path / "DICOMDIR")
+    save(slice_of(hu[0], Modality="", SOPClassUID=MediaStorageDirectoryStorage), tmp_path / "DICOMDIR")
     save(slice_of(hu[0], Modality="PR"), tmp_path / "presentation.dcm")
     save(slice_of(hu[0], ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"]), tmp_path / "scout.dcm")
     assert np.array_equal(read_series(tmp_path).volume_hu, hu)
