@@ -19,7 +19,7 @@ from lungseg.data.volume import Geometry, Volume, resample_onto, vector
 
 BLOCK_MM = 2.5
 AIR_BELOW_HU = -320
-CLOSING_MM = 8.0
+CLOSING_MM = 12.0  # takes in a 14 mm nodule at the pleura; more would take in the mediastinum
 SMALLEST_ML = 50.0  # less air than this is bowel gas or a crop, not lungs
 SECOND_SHARE = 0.2  # of the first lung's volume; where both are one region, bowel gas comes second
 
