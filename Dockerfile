@@ -29,7 +29,7 @@ RUN uv build --wheel --out-dir /tmp/wheel && \
 
 
 FROM ${PYTHON_IMAGE}
-# wget: probes of KubeRay before 1.6 call it inside the pod.
+# wget: older KubeRay operators probe by it inside the pod; newer ones ask over HTTP.
 # hadolint ignore=DL3008
 RUN apt-get update && \
     apt-get install --yes --no-install-recommends wget && \

@@ -41,7 +41,8 @@ def test_the_laptop_stack_listens_on_this_machine_only_and_holds_no_secret() -> 
     assert len(published) == 2
     assert all(port.startswith("127.0.0.1:") for port in published)
     environment = services["head"]["environment"]
-    assert environment["AWS_SECRET_ACCESS_KEY"] is None, "handed on from the shell"
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "RAY_AUTH_TOKEN"):
+        assert environment[name] is None, "not handed on from the shell"
 
 
 def test_the_laptop_stack_and_the_chart_start_the_same_store() -> None:

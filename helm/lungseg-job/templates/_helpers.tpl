@@ -27,12 +27,6 @@
 
 {{- define "lungseg-job.entrypoint" -}}
 {{- $v := .Values -}}
-{{- if and (ne $v.job "train") (or $v.resume $v.new) -}}
-{{- fail (printf "resume and new belong to job=train, not to job=%s" $v.job) -}}
-{{- end -}}
-{{- if and $v.resume $v.new -}}
-{{- fail "resume goes on with a run, new starts it over: set one of them" -}}
-{{- end -}}
 {{- if and (ne $v.job "evaluate") (not $v.data) -}}
 {{- fail (printf "job=%s needs the name of the prepared data: --set data=NAME" $v.job) -}}
 {{- end -}}
@@ -51,8 +45,7 @@
 {{- else if or $v.recipe $v.settings -}}
 {{- fail (printf "recipe and settings belong to job=train and job=tune, not to job=%s" $v.job) -}}
 {{- end -}}
-{{- if $v.resume }}{{ $words = append $words "--resume" }}{{ end -}}
-{{- if $v.new }}{{ $words = append $words "--new" }}{{ end -}}
+{{- if and $v.resume (eq $v.job "train") }}{{ $words = append $words "--resume" }}{{ end -}}
 {{- range $index, $word := $words }}{{ if $index }} {{ end }}{{ include "lungseg-job.word" $word }}{{ end -}}
 {{- include "lungseg-job.settings" (dict "tree" $v.settings "prefix" "") -}}
 {{- range $v.args }} {{ include "lungseg-job.word" . }}{{ end -}}
