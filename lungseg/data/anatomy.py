@@ -12,13 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
 from lungseg.data.branches import Tube, airways, stamp_ellipsoid, stamp_tube, vessels
 
-AIR_HU, FAT_HU, MUSCLE_HU, BLOOD_HU, LUNG_HU, LUMEN_HU = -1000.0, -100.0, 50.0, 40.0, -860.0, -960.0
+AIR_HU, FAT_HU, MUSCLE_HU, BLOOD_HU, LIVER_HU = -1000.0, -100.0, 50.0, 40.0, 60.0
+LUNG_HU, LUMEN_HU = -860.0, -960.0
 # Room for aerated lung around a lesion, so that even a pleural one can be told from the chest wall.
 POCKET_MM = 6.0
 EDGE_MM = 1.0  # over which two tissues mix: the blur of a scanner
@@ -55,6 +57,19 @@ def synthesise(
     return _scanned(hu, rng)
 
 
+class _Plan(NamedTuple):
+    """What the chest's shapes at some places (y, x) have in common at all heights; lengths in mm."""
+
+    y: np.ndarray
+    x: np.ndarray
+    radius: np.ndarray  # from the chest's axis
+    wall: np.ndarray  # the rib cage's reach in that direction
+    diaphragm: np.ndarray  # its height
+    spine: np.ndarray  # depth in it
+    mediastinum: np.ndarray  # depth in it, where it is narrowest
+    heart: np.ndarray  # squared, 1 at its surface on its own level
+
+
 class Chest:
     """The shapes of one chest. Larger than usual if a lesion would else lie in its wall."""
 
@@ -70,7 +85,7 @@ class Chest:
         # Plain floats: with a float64 of NumPy every float32 slice would become float64.
         self.height = float(shape_zyx[0] * spacing_mm[0])
         width = float(shape_zyx[2] * spacing_mm[2]) * rng.uniform(0.97, 1.03)
-        self.half_y, self.half_x = 0.28 * width, 0.40 * width
+        self.half_y, self.half_x = 0.26 * width, 0.38 * width
         corners = np.array([lesion.corner_zyx for lesion in lesions]).reshape(-1, 3)
         sizes = np.array([lesion.mask.shape for lesion in lesions]).reshape(-1, 3)
         self.pockets_mm = ((corners + (sizes - 1) / 2 - self.axis_index) * self.spacing_mm).astype(np.float32)
@@ -90,9 +105,7 @@ class Chest:
                 shape_zyx[1:], self.axis_index[1:], spacing_mm[1:], [(-1, 1), (1, -1)], strict=True
             )
         )
-        self.radius = np.hypot(self.y, self.x)
-        self.wall = self.reach(self.y, self.x)
-        self.floor = self.diaphragm(self.y, self.x)
+        self.all = self.plan(self.y, self.x)
         self.angle = np.arctan2(np.abs(self.x), self.y)  # 0 at the spine, pi at the sternum
         self.texture = _Texture(shape_zyx, rng)
         self.body_hu = self._body()
@@ -108,38 +121,38 @@ class Chest:
         above = np.clip(np.asarray(z, np.float32) / self.height - 0.5, 0, 0.47)
         return np.sqrt(1 - (above / 0.48) ** 2)
 
-    def lung_distance(
-        self,
-        z: np.ndarray | float,
-        y: np.ndarray,
-        x: np.ndarray,
-        wall: np.ndarray | None = None,
-        floor: np.ndarray | None = None,
-    ) -> np.ndarray:
-        """Distance to the lungs' surface; `wall` and `floor`, the reach and diaphragm at (y, x), may be
-        given where many slices share them."""
-        wall = self.reach(y, x) if wall is None else wall
-        floor = self.diaphragm(y, x) if floor is None else floor
-        z = np.asarray(z, np.float32)
-        h, front = z / self.height, np.clip(-y / self.half_y, 0, 1)
-        cage = np.hypot(y, x) - wall * self.taper(z)
-        mediastinum = 28 - 18 * front + 8 * np.exp(-(((h - 0.52) / 0.12) ** 2)) - np.abs(x)
-        spine = 25 - np.hypot(y - 0.82 * self.half_y, x)
+    def plan(self, y: np.ndarray, x: np.ndarray) -> _Plan:
+        front = np.clip(-y / self.half_y, 0, 1)
         heart_x = (x - 0.17 * self.half_x) / (0.48 * self.half_x)
         heart_y = (y + 0.3 * self.half_y) / (0.52 * self.half_y)
-        heart = 40 - 40 * np.sqrt(heart_x**2 + heart_y**2 + ((h - 0.3) / 0.22) ** 2)
-        distance = np.maximum(np.maximum(cage, floor - z), np.maximum(np.maximum(mediastinum, spine), heart))
-        for (pz, py, px), radius in zip(self.pockets_mm, self.pocket_radii, strict=True):
-            if np.min(np.abs(z - pz)) < radius:
-                pocket = np.sqrt((z - pz) ** 2 + (y - py) ** 2 + (x - px) ** 2) - radius
-                distance = np.minimum(distance, pocket)
-        return distance
-
-    def diaphragm(self, y: np.ndarray, x: np.ndarray) -> np.ndarray:
-        """Height of the two domes: highest over the middle of each lung, low at the back."""
+        # Two domes: highest over the middle of each lung, low at the back.
         across = ((np.abs(x) - 0.5 * self.half_x) / (0.4 * self.half_x)) ** 2
         along = ((y + 0.15 * self.half_y) / (0.7 * self.half_y)) ** 2
-        return self.height * (0.06 + 0.16 * np.exp(-across - along) + 0.02 * (x < 0))
+        return _Plan(
+            y=y,
+            x=x,
+            radius=np.hypot(y, x),
+            wall=self.reach(y, x),
+            diaphragm=self.height
+            * (0.16 * np.exp(-across - along) + np.where(x < 0, np.float32(0.08), np.float32(0.06))),
+            spine=25 - np.hypot(y - 0.82 * self.half_y, x),
+            mediastinum=28 - 18 * front - np.abs(x),
+            heart=heart_x**2 + heart_y**2,
+        )
+
+    def lung_distance(self, z: np.ndarray | float, plan: _Plan) -> np.ndarray:
+        """Distance to the lungs' surface at heights `z` over the places of `plan`."""
+        z = np.asarray(z, np.float32)
+        h = z / self.height
+        distance = np.maximum(plan.radius - plan.wall * self.taper(z), plan.diaphragm - z)
+        distance = np.maximum(distance, plan.spine)
+        distance = np.maximum(distance, plan.mediastinum + 8 * np.exp(-(((h - 0.52) / 0.12) ** 2)))
+        distance = np.maximum(distance, 40 - 40 * np.sqrt(plan.heart + ((h - 0.3) / 0.22) ** 2))
+        for (pz, py, px), radius in zip(self.pockets_mm, self.pocket_radii, strict=True):
+            if np.min(np.abs(z - pz)) < radius:
+                pocket = np.sqrt((z - pz) ** 2 + (plan.y - py) ** 2 + (plan.x - px) ** 2) - radius
+                distance = np.minimum(distance, pocket)
+        return distance
 
     def points_in_lung(self, count: int, depth_mm: float, side: int, rng: np.random.Generator) -> np.ndarray:
         """`count` random points [n, 3] at least `depth_mm` deep in the lung at side -1 or 1 of the image."""
@@ -147,29 +160,31 @@ class Chest:
         while sum(map(len, kept)) < count:
             tries = rng.uniform((0, -1, 0), (1, 1, 1.1), (4 * count, 3))
             tries *= (self.height, self.half_y, side * self.half_x)
-            kept.append(tries[self.lung_distance(*tries.T) < -depth_mm])
+            z, y, x = tries.T
+            kept.append(tries[self.lung_distance(z, self.plan(y, x)) < -depth_mm])
         return np.concatenate(kept)[:count]
 
     def slice_hu(self, index: int) -> np.ndarray:
         """float32 HU [y, x] of one slice without vessels, airways, lesions and noise."""
         z = float(index * self.spacing_mm[0])
-        cage = self.radius - self.wall * self.taper(z)
+        cage = self.all.radius - self.all.wall * self.taper(z)
         soft = self.texture.at(index)
         hu = self.body_hu + 12 * soft
         _mix(hu, cage - 13 - 4 * soft, MUSCLE_HU)
-        inside = np.where(self.floor > z, 60.0, BLOOD_HU - 110 * (soft > 0.9))
+        inside = np.where(soft > 0.9, np.float32(FAT_HU + 30), np.float32(BLOOD_HU))
+        inside[self.all.diaphragm > z] = LIVER_HU
         _mix(hu, cage + 1, inside)
         self._bones(hu, z, cage)
-        lung = self.lung_distance(z, self.y, self.x, self.wall, self.floor)
+        lung = self.lung_distance(z, self.all)
         fissure = np.abs(self.y - 0.9 * (z - 0.45 * self.height)) < 0.7
-        parenchyma = LUNG_HU + 30 * self.y / self.half_y + 18 * soft + 110 * fissure
+        parenchyma = LUNG_HU + 30 * self.y / self.half_y + 18 * soft + np.float32(110) * fissure
         _mix(hu, lung, parenchyma)
         return hu
 
     def _body(self) -> np.ndarray:
         """Fat under the skin, and the scanner's table, alike in all slices."""
         hu = np.full((self.y.size, self.x.size), AIR_HU, np.float32)
-        outline = self.radius - 1.03 * self.wall - 24
+        outline = self.all.radius - 1.03 * self.all.wall - 24
         _mix(hu, outline, 20.0)
         _mix(hu, outline + 2, FAT_HU)
         table = np.abs(self.y - 1.03 * self.half_y - 34 + (self.x / 40) ** 2) - 1.5
@@ -178,9 +193,11 @@ class Chest:
 
     def _bones(self, hu: np.ndarray, z: float, cage: np.ndarray) -> None:
         """Ribs that descend from the spine to the front, vertebrae with their canal, the sternum."""
-        phase = (z + 22 * self.angle) % 26
-        rib = np.maximum(np.abs(cage - 5) - 4, np.abs(phase - 6) - 5)
-        _bone(hu, np.where(self.angle > 2.6, np.float32(10), rib))
+        shell = (np.abs(cage - 5) < 5) & (self.angle < 2.6)
+        phase = (z + 22 * self.angle[shell]) % 26
+        ribs = hu[shell]
+        _bone(ribs, np.maximum(np.abs(cage[shell] - 5) - 4, np.abs(phase - 6) - 5))
+        hu[shell] = ribs
         middle = np.flatnonzero(np.abs(self.x[0]) < 30)
         columns = slice(middle[0], middle[-1] + 1)
         x, y, hu = self.x[:, columns], self.y, hu[:, columns]
@@ -239,9 +256,8 @@ def _distract(hu: np.ndarray, chest: Chest, rng: np.random.Generator) -> None:
             stamp_ellipsoid(hu, chest, point, turn, sheet, rng.uniform(-150, 20))
         for point in chest.points_in_lung(4, 8.0, side, rng):
             outward = point * (0, 1, 1) / np.hypot(*point[1:])
-            edge = next(
-                step for step in np.arange(0, 400, 0.5) if chest.lung_distance(*(point + step * outward)) > 0
-            )
+            z, y, x = (point + np.arange(0, 400, 0.5)[:, None] * outward).T
+            edge = 0.5 * int(np.argmax(chest.lung_distance(z, chest.plan(y, x)) > 0))
             turn = np.stack([outward, (1.0, 0, 0), np.cross(outward, (1.0, 0, 0))])
             plaque = np.array([rng.uniform(1.5, 2.5), rng.uniform(8, 16), rng.uniform(8, 16)])
             stamp_ellipsoid(hu, chest, point + edge * outward, turn, plaque, 60.0)

