@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 from typing import Any
+
+from lungseg.telemetry import log, relay
 
 # Read when Ray is imported. Under `uv run`, Ray would ship the working folder and build a second
 # virtual environment for its workers; ours have the same one already.
@@ -26,12 +29,19 @@ def connect() -> Any:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(logging_level=logging.WARNING, log_to_driver=True)
         return ray
+    # The workers' own output is a flood of TensorFlow's and Ray's notices; it stays in Ray's session
+    # folder, and our log lines come here by a file of their own.
+    log("cluster")
+    handle, path = tempfile.mkstemp(prefix="lungseg-", suffix=".log")
+    os.close(handle)
+    os.environ["LUNGSEG_LOG_FILE"] = path
+    relay(path)
     ray.init(
         address="local",
         _node_ip_address="127.0.0.1",
         include_dashboard=False,
         object_store_memory=_OBJECT_STORE_BYTES,
         logging_level=logging.ERROR,
-        log_to_driver=True,
+        log_to_driver=False,
     )
     return ray

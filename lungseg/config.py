@@ -104,6 +104,11 @@ class ModelConfig(_Frozen):
         400.0,
     )
 
+    @property
+    def total_stride(self) -> int:
+        """Every side of an input must be a multiple of this."""
+        return 2 ** (self.depth - 1)
+
     @model_validator(mode="after")
     def _window_is_open(self) -> ModelConfig:
         if self.hu_window[0] >= self.hu_window[1]:

@@ -62,6 +62,10 @@ class Store(ABC):
     def renew(self) -> None:
         """Forget pooled connections: the next request opens a new one."""
 
+    @abstractmethod
+    def check(self) -> None:
+        """Raise StorageError("store-missing", "store-unreachable", "store-refused") if it cannot be read."""
+
     def exists(self, key: str) -> bool:
         return self.size(key) is not None
 
@@ -118,6 +122,11 @@ class FolderStore(Store):
 
     def renew(self) -> None:
         pass  # a folder has no connections
+
+    def check(self) -> None:
+        if not self.root.is_dir():
+            remedy = "correct --store or LUNGSEG_STORE, or fill it with `lungseg prepare`"
+            raise StorageError("store-missing", store=self.uri, message="no such folder", remedy=remedy)
 
     def get(self, key: str, start: int = 0, length: int | None = None) -> bytes:
         try:
@@ -233,6 +242,18 @@ class S3Store(Store):
 
     def renew(self) -> None:
         self._client = None
+
+    def check(self) -> None:
+        next(self.find(), None)
+
+    def folders(self, prefix: str) -> list[str]:
+        pages = self.client.get_paginator("list_objects_v2")
+        try:
+            found = pages.paginate(Bucket=self.bucket, Prefix=self.prefix + prefix, Delimiter="/")
+            names = [item["Prefix"] for page in found for item in page.get("CommonPrefixes", ())]
+        except Exception as error:
+            raise self._failure(error, prefix) from error
+        return [name[len(self.prefix + prefix) : -1] for name in names]
 
     def get(self, key: str, start: int = 0, length: int | None = None) -> bytes:
         if length == 0:

@@ -6,7 +6,9 @@ Nothing here ever gets patient data: callers pass counts, seconds and case ids.
 from __future__ import annotations
 
 import logging
+import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,15 +26,33 @@ Progress = Callable[[int, int], None]
 
 
 def log(name: str) -> logging.Logger:
-    """A logger below "lungseg" that writes one line to standard error; LUNGSEG_LOG sets the level."""
+    """A logger below "lungseg" that writes one line to standard error, or to the file LUNGSEG_LOG_FILE
+    through which the workers of a local cluster speak to their driver."""
     root = logging.getLogger("lungseg")
     if not root.handlers:
-        handler = logging.StreamHandler(sys.stderr)
+        path = os.environ.get("LUNGSEG_LOG_FILE")
+        handler = logging.FileHandler(path) if path else logging.StreamHandler(sys.stderr)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S"))
         root.addHandler(handler)
         root.setLevel(logging.INFO)
         root.propagate = False
     return root.getChild(name.removeprefix("lungseg."))
+
+
+def relay(path: str) -> None:
+    """Copy what is appended to a log file to standard error, from a daemon thread, as long as we live."""
+
+    def follow() -> None:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            while True:
+                line = file.readline()
+                if line:
+                    sys.stderr.write(line)
+                else:
+                    sys.stderr.flush()
+                    time.sleep(0.2)
+
+    threading.Thread(target=follow, name="lungseg-log-relay", daemon=True).start()
 
 
 @contextmanager
@@ -63,7 +83,7 @@ def progress(title: str) -> Iterator[Progress]:
     def report(done: int, total: int) -> None:
         nonlocal last
         now = time.monotonic()
-        if done < total and now - last < 5:
+        if not done or (done < total and now - last < 5):
             return
         last = now
         left = (now - began) / max(done, 1) * (total - done)

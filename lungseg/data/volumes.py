@@ -35,7 +35,7 @@ class StoredVolume:
 def write_volume(store: Store, key: str, case_id: str, stored: StoredVolume) -> VolumeEntry:
     """One Arrow IPC file, zstd-compressed, with the geometry in the schema's metadata."""
     columns = {"image": stored.volume.volume_hu, "mask": stored.mask}
-    arrays = [pa.FixedShapeTensorArray.from_numpy_ndarray(a[np.newaxis]) for a in columns.values()]
+    arrays = [_single_row(array) for array in columns.values()]
     batch = pa.record_batch(arrays, names=list(columns))
     geometry = json.dumps(asdict(stored.volume.geometry)).encode()
     schema = batch.schema.with_metadata({b"geometry": geometry})
@@ -61,3 +61,10 @@ def read_volume(store: Store, entry: VolumeEntry) -> StoredVolume:
     geometry = Geometry(**{name: tuple(value) for name, value in tree.items()})
     image, mask = (batch.column(name).to_numpy_ndarray()[0] for name in ("image", "mask"))
     return StoredVolume(Volume(image, geometry), mask)
+
+
+def _single_row(array: np.ndarray) -> pa.Array:
+    # Arrow's own conversion refuses a leading axis of one, whose stride NumPy leaves undefined.
+    kind = pa.fixed_shape_tensor(pa.from_numpy_dtype(array.dtype), array.shape)
+    flat = pa.array(np.ascontiguousarray(array).ravel())
+    return pa.ExtensionArray.from_storage(kind, pa.FixedSizeListArray.from_arrays(flat, array.size))

@@ -30,14 +30,9 @@ class HuWindow(keras.layers.Layer):
         return {**super().get_config(), "low": self.low, "high": self.high}
 
 
-def total_stride(config: ModelConfig) -> int:
-    """Every side of an input must be a multiple of this."""
-    return 2 ** (config.depth - 1)
-
-
 def build_unet(config: ModelConfig) -> keras.Model:
     """float HU [n, z, y, x, 1] -> float32 logits of the same shape; sides are multiples of
-    `total_stride(config)`. Runs in the Keras dtype policy of the moment."""
+    `config.total_stride`. Runs in the Keras dtype policy of the moment."""
     widths = [min(config.width * 2**level, config.max_width) for level in range(config.depth)]
     volume_hu = keras.Input((None, None, None, 1), dtype="float32", name="volume_hu")
     features = HuWindow(*config.hu_window, name="hu_window")(volume_hu)

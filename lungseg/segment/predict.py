@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,8 +42,7 @@ def read_input(path: Path) -> Volume:
     Raises DataError("input-missing") and whatever `dicom.read_series` or `volume.read_image` raise.
     """
     path = Path(path)
-    if not path.exists():
-        raise DataError("input-missing", input=path, remedy="give a DICOM folder, a NIfTI or an NRRD file")
+    _require(path)
     return read_series(path) if path.is_dir() else read_image(path)
 
 
@@ -52,6 +51,26 @@ def case_name(path: Path) -> str:
     name = Path(path).resolve().name
     suffix = max((s for s in SUFFIXES if name.endswith(s)), key=len, default="")
     return name.removesuffix(suffix) or "scan"
+
+
+def case_names(inputs: Sequence[Path]) -> list[str]:
+    """A folder name for each input, before any work is done.
+
+    Raises DataError("input-missing"), and DataError("input-ambiguous") if two would share a folder.
+    """
+    for path in inputs:
+        _require(Path(path))
+    names = [case_name(path) for path in inputs]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        remedy = "rename one, or predict them with different --out"
+        raise DataError("input-ambiguous", names=",".join(twice), remedy=remedy)
+    return names
+
+
+def _require(path: Path) -> None:
+    if not path.exists():
+        raise DataError("input-missing", input=path, remedy="give a DICOM folder, a NIfTI or an NRRD file")
 
 
 def segment(
@@ -72,7 +91,7 @@ def segment(
         config,
         lungs=lungs if lungs_found else None,
         progress=progress,
-        multiple=2 ** (recipe.model.depth - 1),
+        multiple=recipe.model.total_stride,
     )
     probability = resample_onto(coarse, working.geometry, volume.geometry, nearest=False)
     own_lungs = resample_onto(lungs, working.geometry, volume.geometry, nearest=True) if lungs_found else None

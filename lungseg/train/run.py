@@ -1,0 +1,146 @@
+"""A run's name in the store: claimed once, continued on purpose, never overwritten by accident."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import secrets
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from lungseg.config import Recipe, parse_recipe
+from lungseg.data.shards import Manifest, load_manifest
+from lungseg.errors import DataError, RunError, StorageError
+from lungseg.storage import FolderStore, Store, to_json
+from lungseg.train.checkpoint import WEIGHTS, Checkpoints
+
+Mode = Literal["fresh", "resume", "new"]
+Kind = Literal["train", "tune"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """run.json: what a run trains on and how. `attempt` tells checkpoints of a `--new` from older ones."""
+
+    name: str
+    attempt: str
+    data: str
+    manifest_sha256: str
+    recipe: dict[str, Any]
+    versions: dict[str, str]
+    created: str
+    kind: Kind = "train"
+
+    @property
+    def settings(self) -> Recipe:
+        return parse_recipe(self.recipe)
+
+
+def run_root(name: str) -> str:
+    return f"runs/{name}"
+
+
+def open_run(
+    store: Store, name: str, manifest: Manifest, recipe: Recipe, mode: Mode, kind: Kind = "train"
+) -> Run:
+    """Claim a name ("fresh"), continue it ("resume", which starts it if need be) or begin it anew ("new",
+    which keeps older checkpoints and the best over all attempts).
+
+    Raises RunError("run-exists") for "fresh" on a taken name; RunError("run-differs") for "resume" with
+    another network or other data, since the checkpoint would not fit.
+    """
+    key = f"{run_root(name)}/run.json"
+    now = datetime.now(UTC)
+    run = Run(
+        name=name,
+        attempt=f"{now:%Y%m%dT%H%M%S}-{secrets.token_hex(3)}",
+        data=manifest.name,
+        manifest_sha256=manifest.sha256,
+        recipe=recipe.model_dump(mode="json"),
+        versions=_versions(),
+        created=now.isoformat(timespec="seconds"),
+        kind=kind,
+    )
+    if store.put_if_absent(key, to_json(asdict(run))):
+        return run
+    if mode == "fresh":
+        remedy = "continue it with --resume, begin it anew with --new, or choose another --run name"
+        raise RunError("run-exists", run=name, store=store.uri, remedy=remedy)
+    if mode == "resume":
+        old = load_run(store, name)
+        same = (old.kind, old.manifest_sha256, old.recipe["model"]) == (
+            kind, manifest.sha256, run.recipe["model"],
+        )  # fmt: skip
+        if not same:
+            remedy = "give the same --data and network as before, or begin anew with --new"
+            raise RunError("run-differs", run=name, message="other data, network or verb", remedy=remedy)
+        run = Run(**{**asdict(run), "attempt": old.attempt, "created": old.created})
+    store.put(key, to_json(asdict(run)))
+    return run
+
+
+def load_run(store: Store, name: str) -> Run:
+    """Raises RunError("run-missing") with the names that exist."""
+    key = f"{run_root(name)}/run.json"
+    if not store.exists(key):
+        known = ", ".join(store.folders("runs/")) or "none"
+        raise RunError("run-missing", run=name, store=store.uri, remedy=f"choose one of: {known}")
+    return Run(**store.get_json(key))
+
+
+def load_run_data(store: Store, name: str) -> Manifest:
+    """The data set that a run was trained on.
+
+    Raises RunError("run-missing"), DataError("data-missing"), RunError("data-changed").
+    """
+    run = load_run(store, name)
+    manifest = load_manifest(store, run.data)
+    if manifest.sha256 != run.manifest_sha256:
+        remedy = "the held-out scans may be others now: train again on this data set"
+        raise RunError("data-changed", run=name, data=run.data, remedy=remedy)
+    return manifest
+
+
+def list_runs(store: Store) -> list[tuple[Run, dict[str, Any] | None]]:
+    """Every run and its best pointer, oldest first."""
+    names = [name for name in store.folders("runs/") if store.exists(f"{run_root(name)}/run.json")]
+    runs = [(load_run(store, name), Checkpoints(store, run_root(name)).best()) for name in names]
+    return sorted(runs, key=lambda pair: pair[0].created)
+
+
+def pull_best(store: Store, name: str, out: Path) -> dict[str, Any]:
+    """Copy the best checkpoint of a run into a folder: model.keras (HU in, probability out), weights,
+    state, best.json and run.json. Every byte is verified before the folder gets any; returns best.json.
+
+    Raises RunError("run-missing", "no-checkpoint", "checkpoint-corrupt"), DataError("output-unwritable").
+    """
+    run = load_run(store, name)
+    checkpoints = Checkpoints(store, run_root(name))
+    found = checkpoints.read_best()
+    pointer = checkpoints.best() or {}
+    model = store.get(f"{run_root(name)}/best/model.keras")
+    if hashlib.sha256(model).hexdigest() != pointer.get("model_sha256"):
+        remedy = "train on with --resume, which writes it again at the next best epoch"
+        raise RunError("checkpoint-corrupt", run=name, file="best/model.keras", remedy=remedy)
+    files = {
+        "model.keras": model,
+        WEIGHTS: store.get(f"{run_root(name)}/checkpoints/{found.name}/{WEIGHTS}"),
+        "state.json": to_json(asdict(found.state)),
+        "run.json": to_json(asdict(run)),
+        "best.json": to_json(pointer),
+    }
+    target = FolderStore(out.absolute())
+    try:
+        for file, data in files.items():
+            target.put(file, data)
+    except StorageError as error:
+        raise DataError("output-unwritable", folder=out, remedy="choose another --out") from error
+    return pointer
+
+
+def _versions() -> dict[str, str]:
+    packages = ("lungseg", "tensorflow", "keras", "ray", "numpy")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}

@@ -1,0 +1,126 @@
+"""Hyper-parameter search: Ray Tune over `train`, each trial a Ray Train run of its own."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lungseg.cluster import connect
+from lungseg.config import Recipe, parse_recipe
+from lungseg.data.shards import Manifest, load_manifest
+from lungseg.errors import LungsegError, RunError
+from lungseg.storage import Store
+from lungseg.train.checkpoint import Checkpoints
+from lungseg.train.launch import cpus_per_worker, fit
+from lungseg.train.run import open_run, run_root
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One trial: `epochs` it was given before ASHA stopped it, `val_dice` of its best epoch."""
+
+    trial: str
+    learning_rate: float
+    loss: str
+    width: int
+    epochs: int
+    val_dice: float
+
+
+def tune(store: Store, data: str, run: str, recipe: Recipe, trials: int) -> list[Trial]:
+    """Search and return the trials, best first; the best one's checkpoint becomes the run's best.
+
+    The table is also kept as runs/<run>/trials.json. Raises what `train` raises, RunError("no-trial").
+    """
+    manifest = load_manifest(store, data)
+    attempt = open_run(store, run, manifest, recipe, "fresh", kind="tune").attempt
+    root = run_root(run)
+    done = _search(store, root, attempt, manifest, recipe, trials)
+    if not done:
+        remedy = "read the errors above; try the recipe with `lungseg train` first"
+        raise RunError("no-trial", run=run, message="no trial finished an epoch", remedy=remedy)
+    store.put_json(f"{root}/trials.json", [asdict(trial) for trial in done])
+    _promote(store, root, done[0])
+    return done
+
+
+def _search(
+    store: Store, root: str, attempt: str, manifest: Manifest, recipe: Recipe, trials: int
+) -> list[Trial]:
+    ray = connect()
+    from ray import tune as ray_tune
+    from ray.tune.integration.ray_train import TuneReportCallback
+    from ray.tune.schedulers import ASHAScheduler
+    from ray.tune.search.basic_variant import BasicVariantGenerator
+
+    space, epochs = recipe.tune, recipe.train.epochs
+    cluster_cpus = int(ray.cluster_resources().get("CPU", 1))
+    per_trial = recipe.train.workers * cpus_per_worker(recipe, ray.nodes())
+    concurrent = space.concurrent_trials or max(1, cluster_cpus // per_trial)
+
+    def trial(choice: dict[str, Any]) -> None:
+        name = ray_tune.get_context().get_trial_id()
+        fit(store, f"{root}/trials/{name}", attempt, manifest, _with(recipe, choice), [TuneReportCallback()])
+
+    with tempfile.TemporaryDirectory(prefix="lungseg-tune-", ignore_cleanup_errors=True) as scratch:
+        results = ray_tune.Tuner(
+            # The trial only waits for its workers, which hold the resources.
+            ray_tune.with_resources(trial, {"CPU": 0}),
+            param_space={
+                "learning_rate": ray_tune.loguniform(*space.learning_rate),
+                "loss": ray_tune.choice(list(space.loss)),
+                "width": ray_tune.choice(list(space.width)),
+            },
+            tune_config=ray_tune.TuneConfig(
+                metric="val_dice",
+                mode="max",
+                num_samples=trials,
+                max_concurrent_trials=concurrent,
+                search_alg=BasicVariantGenerator(random_state=recipe.train.seed),
+                scheduler=ASHAScheduler(
+                    time_attr="epoch",
+                    max_t=epochs,
+                    grace_period=min(space.grace_epochs, epochs),
+                    reduction_factor=space.reduction_factor,
+                ),
+            ),
+            run_config=ray_tune.RunConfig(name="tune", storage_path=scratch, verbose=0),
+        ).fit()
+    for error in results.errors:
+        ours = LungsegError.find_in(error)
+        if ours:
+            raise ours from error
+    finished = [results[i] for i in range(len(results)) if "val_dice" in (results[i].metrics or {})]
+    return _table(store, root, finished)
+
+
+def _with(recipe: Recipe, choice: dict[str, Any]) -> Recipe:
+    tree = recipe.model_dump(mode="json")
+    tree["optimizer"]["learning_rate"] = choice["learning_rate"]
+    tree["loss"]["name"] = choice["loss"]
+    tree["model"]["width"] = choice["width"]
+    return parse_recipe(tree)
+
+
+def _table(store: Store, root: str, results: Sequence[Any]) -> list[Trial]:
+    rows = []
+    for result in results:
+        name = result.metrics["trial_id"]
+        best = Checkpoints(store, f"{root}/trials/{name}").best()
+        if best:
+            epochs = int(result.metrics["epoch"])
+            rows.append(Trial(name, epochs=epochs, val_dice=best["val_dice"], **result.config))
+    return sorted(rows, key=lambda row: (-row.val_dice, row.trial))
+
+
+def _promote(store: Store, root: str, best: Trial) -> None:
+    """Copy the winner's best checkpoint to the run, so that every verb finds it as any run's."""
+    trial_root = f"{root}/trials/{best.trial}"
+    pointer = Checkpoints(store, trial_root).best()
+    assert pointer is not None
+    won = Checkpoints(store, trial_root).read(pointer["checkpoint"])
+    run = Checkpoints(store, root)
+    name = run.commit(won.state, won.weights, won.optimizer)
+    run.publish_best(name, won.state, store.get(f"{trial_root}/best/model.keras"))
