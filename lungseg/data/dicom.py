@@ -91,7 +91,7 @@ def read_series(folder: Path, series_uid: str | None = None) -> Volume:
     """
     folder = Path(folder)
     files = _choose(find_series(folder), folder, series_uid)
-    with disable_value_validation(), ThreadPoolExecutor(THREADS) as pool:
+    with ThreadPoolExecutor(THREADS) as pool:
         slices = list(pool.map(lambda path: _read_slice(path, folder), files))
     return _stack(slices)
 

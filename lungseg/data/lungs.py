@@ -19,8 +19,10 @@ from lungseg.data.volume import Geometry, Volume, resample_onto, vector
 
 BLOCK_MM = 2.5
 AIR_BELOW_HU = -320
+EMPTY_BELOW_HU = -960  # no tissue at all: gas, or the foam of a table; emphysema is denser
+CONTACT_RATIO = 2.3
 CLOSING_MM = 12.0  # takes in a 14 mm nodule at the pleura; more would take in the mediastinum
-SMALLEST_ML = 50.0  # less air than this is bowel gas or a crop, not lungs
+SMALLEST_ML = 200.0  # less air than this is bowel gas or a crop, not lungs
 SECOND_SHARE = 0.2  # of the first lung's volume; where both are one region, bowel gas comes second
 
 
@@ -28,7 +30,7 @@ def lung_mask(volume: Volume) -> np.ndarray:
     """Both lungs as uint8 [z, y, x] on the grid of `volume`; all zero where no lungs are found."""
     blocks_hu, grid = _blocks(volume)
     lungs = np.zeros(blocks_hu.shape, np.float32)
-    for lung in _largest(blocks_hu < AIR_BELOW_HU, grid):
+    for lung in _largest(blocks_hu, grid):
         lungs[_closed(lung, grid.spacing_mm)] = 1
     if not lungs.any():
         return np.zeros(volume.volume_hu.shape, np.uint8)
@@ -55,26 +57,40 @@ def _blocks(volume: Volume) -> tuple[np.ndarray, Geometry]:
     return means, grid
 
 
-def _largest(air: np.ndarray, grid: Geometry) -> list[np.ndarray]:
-    """The one or two largest regions of `air` within the body.
-
-    Air around the body lies against the sides of the scan with much of its surface; a lung that a
-    narrow field of view cuts does so with little. A region goes if its contact with the sides (not
-    with the first and last axial slice, where lungs end too) exceeds volume^(2/3).
-    """
+def _largest(blocks_hu: np.ndarray, grid: Geometry) -> list[np.ndarray]:
+    """The one or two largest regions of lung-like air within the body."""
+    air = _in_body(blocks_hu < AIR_BELOW_HU, grid)
     labels, count = cc3d.connected_components(air, connectivity=6, return_N=True)
-    voxel_mm3 = math.prod(grid.spacing_mm)
-    volumes_mm3 = np.bincount(labels.ravel(), minlength=count + 1) * voxel_mm3
-    contact_mm2 = np.zeros(count + 1)
+    voxels = np.bincount(labels.ravel(), minlength=count + 1)
+    means_hu = np.bincount(labels.ravel(), blocks_hu.ravel(), minlength=count + 1) / np.maximum(voxels, 1)
+    volumes_ml = np.where(means_hu > EMPTY_BELOW_HU, voxels, 0) * math.prod(grid.spacing_mm) / 1000
+    volumes_ml[0] = 0
+    order = np.argsort(volumes_ml)[::-1][:2]
+    least_ml = max(SMALLEST_ML, SECOND_SHARE * volumes_ml[order[0]])
+    return [labels == label for label in order if volumes_ml[label] >= least_ml]
+
+
+def _in_body(air: np.ndarray, grid: Geometry) -> np.ndarray:
+    """`air` without that around the body, which is found in each axial slice by itself.
+
+    (In 3D the windpipe may join the lungs to the air outside, above a blank slice or in the mouth.)
+    Outside air has a long contact with the sides of the slice, a lung that a narrow field of view
+    cuts has a short one: a corner's is at least 2.8 times the root of its area, half an ellipse's 1.9.
+    """
     head_axis = 2 - int(np.argmax(np.abs(grid.direction_lps[2])))
-    for axis in {0, 1, 2} - {head_axis}:
+    in_plane = np.take(ndimage.generate_binary_structure(3, 1), [1], head_axis)
+    structure = np.pad(in_plane, [(1, 1) if axis == head_axis else (0, 0) for axis in range(3)])
+    labels, count = ndimage.label(air, structure)
+    others = [axis for axis in range(3) if axis != head_axis]
+    areas_mm2 = np.bincount(labels.ravel(), minlength=count + 1) * math.prod(
+        grid.spacing_mm[axis] for axis in others
+    )
+    contacts_mm = np.zeros(count + 1)
+    for axis, along in (others, others[::-1]):
         sides = labels.take([0, -1], axis).ravel()
-        contact_mm2 += np.bincount(sides, minlength=count + 1) * (voxel_mm3 / grid.spacing_mm[axis])
-    inside_mm3 = np.where(contact_mm2 > np.cbrt(volumes_mm3) ** 2, 0, volumes_mm3)
-    inside_mm3[0] = 0
-    order = np.argsort(inside_mm3)[::-1][:2]
-    least_mm3 = max(SMALLEST_ML * 1000, SECOND_SHARE * inside_mm3[order[0]])
-    return [labels == label for label in order if inside_mm3[label] >= least_mm3]
+        contacts_mm += np.bincount(sides, minlength=count + 1) * grid.spacing_mm[along]
+    inside = contacts_mm <= CONTACT_RATIO * np.sqrt(areas_mm2)
+    return air & inside[labels]
 
 
 def _closed(lung: np.ndarray, spacing_mm: tuple[float, float, float]) -> np.ndarray:

@@ -195,6 +195,12 @@ def test_a_doubled_slice_is_refused_with_both_files(tmp_path):
     assert error.where["files"] == "3.dcm and copy.dcm"
 
 
+def test_a_series_that_is_there_twice_is_refused(tmp_path):
+    write(tmp_path / "one")
+    write(tmp_path / "two")
+    assert refused(tmp_path).code == "slices-duplicate"
+
+
 def move(at: int, by: tuple[float, float, float]) -> Callable[[int, Dataset], None]:
     def change(number: int, dataset: Dataset) -> None:
         if number == at:
@@ -373,6 +379,17 @@ def test_broken_values_put_no_name_or_uid_into_logs_or_warnings(tmp_path, caplog
     assert read_series(tmp_path).volume_hu.shape == (6, 4, 5)
     said = caplog.text + " ".join(str(warning.message) for warning in recwarn)
     assert not any(secret in said for secret in SECRETS)
+
+
+def test_numbers_with_more_digits_than_dicom_allows_are_read_without_a_warning(tmp_path, recwarn):
+    def lengthen(number: int, dataset: Dataset) -> None:
+        dataset.add_new("PixelSpacing", "DS", ["0.750000000000000000", "0.500000000000000001"])
+
+    with pydicom.config.disable_value_validation():
+        write(tmp_path, lengthen)
+    recwarn.clear()
+    assert read_series(tmp_path).geometry.spacing_mm[1:] == pytest.approx((0.75, 0.5))
+    assert [str(warning.message) for warning in recwarn] == []
 
 
 @pytest.mark.parametrize("name", ["ct64", "ct_c3n00247"])

@@ -121,6 +121,16 @@ def test_negatives_lie_where_their_name_says():
     assert (scan["volume_hu"][at["outside"]] > -500).mean() > 0.9  # moved inside from the border at most
 
 
+def test_bright_lungs_are_not_outside():
+    scan = chest()
+    scan["volume_hu"][:] = 40
+    config = PatchConfig(shape_zyx=(3, 3, 3), outside_per_scan=60)
+    sites = select_sites(**scan, nodules_zyx=[], config=config, seed=3)
+    outside = np.transpose([site.centre_zyx for site in sites if site.stratum == "outside"])
+    assert outside.shape == (3, 60)
+    assert scan["lungs"][tuple(outside)].mean() < 0.05  # but for what was moved inside from the border
+
+
 @pytest.mark.parametrize("array", ["mask", "ignore"])
 def test_negatives_keep_away_from_nodules_and_ignore_regions(array):
     scan = with_nodule(chest((20, 70, 80)), (10, 31, 31), array)  # on the vessel, whose other parts remain
