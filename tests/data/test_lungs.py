@@ -118,8 +118,8 @@ def test_the_foam_of_a_table_is_no_lung_even_where_a_lung_is_smaller():
     z, _, x = np.indices(lungs.shape)
     collapsed = lungs & (x > 110) & (z < 60)
     hu = np.where(collapsed, np.int16(40), volume.volume_hu)
-    hu[:, 175:195, 10:210] = 100
-    hu[:, 177:193, 12:208] = -985  # 2.4 litres, one more than the lung that is left
+    hu[:, 174:196, 8:212] = 100
+    hu[:, 178:192, 12:208] = -985  # 2.1 litres, twice the lung that is left
     assert dice(lung_mask(Volume(hu, volume.geometry)) > 0, lungs & ~collapsed) > 0.96
 
 
