@@ -24,20 +24,12 @@ from pydicom.uid import ImplicitVRLittleEndian, MediaStorageDirectoryStorage
 from lungseg.data.volume import AIR_HU, Geometry, Volume, vector
 from lungseg.errors import DataError, GeometryError
 
+DICOMDIR = MediaStorageDirectoryStorage
 THREADS = 4
 IN_PLANE_TOLERANCE_MM = 0.1
 LATTICE_TOLERANCE = 0.1  # of the slice distance; positions are often written with few decimals
 # What pydicom raises on broken files, besides InvalidDicomError for a missing preamble.
-READ_ERRORS = (
-    OSError,
-    EOFError,
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    RuntimeError,
-    struct.error,
-)
+BROKEN = (OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, struct.error)
 GEOMETRY_TAGS = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")
 HEADER_TAGS = ["Modality", "SeriesInstanceUID", "ImageType"]
 
@@ -65,10 +57,7 @@ def find_series(folder: Path) -> dict[str, list[Path]]:
     with disable_value_validation():  # its warnings quote values, so also names
         for path in files:
             header = _dataset(path, folder, HEADER_TAGS)
-            if (
-                header is None
-                or header.file_meta.get("MediaStorageSOPClassUID") == MediaStorageDirectoryStorage
-            ):
+            if header is None or header.file_meta.get("MediaStorageSOPClassUID") == DICOMDIR:
                 continue
             if not header.get("Modality") or not header.get("SeriesInstanceUID"):
                 # Cut short within the header: to leave it out could lose the last slice silently.
@@ -121,7 +110,7 @@ def _dataset(path: Path, folder: Path, tags: list[str] | None = None) -> FileDat
         if path.suffix.lower() != ".dcm":
             return None
         raise _broken(path, folder) from error
-    except READ_ERRORS as error:
+    except BROKEN as error:
         raise _broken(path, folder) from error
 
 
@@ -145,7 +134,7 @@ def _read_slice(path: Path, folder: Path) -> _Slice:
             np.array(dataset.PixelSpacing, np.float64).reshape(2),
             _hu(dataset, name),
         )
-    except READ_ERRORS as error:  # values that are no numbers, or too few
+    except BROKEN as error:  # values that are no numbers, or too few
         raise _broken(path, folder) from error
 
 
@@ -177,10 +166,9 @@ def _pixels(dataset: FileDataset, name: str) -> np.ndarray:
         raise DataError("transfer-syntax", file=name, syntax=syntax.name, remedy=remedy)
     try:
         raw = dataset.pixel_array
-    except READ_ERRORS as error:
-        raise DataError(
-            "pixels-unreadable", file=name, remedy="fetch this file again, it is cut short"
-        ) from error
+    except BROKEN as error:
+        remedy = "fetch this file again, it is cut short or damaged"
+        raise DataError("pixels-unreadable", file=name, remedy=remedy) from error
     if raw.ndim != 2:
         remedy = "give classic CT slices, one grey image a file"
         raise DataError("slice-not-2d", file=name, shape=raw.shape, remedy=remedy)

@@ -24,19 +24,9 @@ from lungseg.errors import DataError, GeometryError
 AIR_HU = -1024
 SUFFIXES = (".nii", ".nii.gz", ".nrrd")
 
-# NumPy's names of NIfTI's datatype codes.
-NIFTI_TYPES = {
-    2: "u1",
-    4: "i2",
-    8: "i4",
-    16: "f4",
-    64: "f8",
-    256: "i1",
-    512: "u2",
-    768: "u4",
-    1024: "i8",
-    1280: "u8",
-}
+# The datatype codes of nifti1.h and NumPy's names of them.
+NIFTI_TYPES = {2: "u1", 4: "i2", 8: "i4", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8"}
+NIFTI_TYPES |= {16: "f4", 64: "f8"}
 
 Vector = tuple[float, float, float]
 
@@ -123,9 +113,8 @@ def write_mask(path: Path, mask: np.ndarray, geometry: Geometry) -> None:
         sitk.WriteImage(image, str(temporary), useCompression=True)
         os.replace(temporary, path)
     except (RuntimeError, OSError) as error:
-        raise DataError(
-            "mask-unwritable", file=path, remedy="check that the folder exists and has room"
-        ) from error
+        remedy = "check that the folder exists and has room"
+        raise DataError("mask-unwritable", file=path, remedy=remedy) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -144,12 +133,9 @@ def resample(volume: Volume, spacing_mm: Vector) -> Volume:
     extent_mm = np.multiply(oriented.shape_zyx, oriented.spacing_mm)
     depth, height, width = (max(1, round(count)) for count in extent_mm / spacing_mm)
     shape = (depth, height, width)
-    first_index = (
-        np.array(oriented.shape_zyx) - 1 - (np.array(shape) - 1) * spacing_mm / oriented.spacing_mm
-    ) / 2
-    target = Geometry(
-        shape, vector(spacing_mm), vector(oriented.to_lps_mm(first_index)), oriented.direction_lps
-    )
+    span_mm = extent_mm - oriented.spacing_mm - np.subtract(shape, 1) * spacing_mm
+    first = vector(oriented.to_lps_mm(span_mm / 2 / oriented.spacing_mm))
+    target = Geometry(shape, vector(spacing_mm), first, oriented.direction_lps)
     return Volume(resample_onto(array, geometry, target, nearest=False, outside=AIR_HU), target)
 
 
@@ -191,9 +177,8 @@ def _open(path: Path) -> sitk.ImageFileReader:
         shape = reader.GetSize()[::-1]
         raise DataError("image-not-3d", file=path, shape=shape, remedy="give one 3D scan a file")
     if reader.GetNumberOfComponents() != 1:
-        raise DataError(
-            "image-not-scalar", file=path, remedy="give a grey-value scan, not colours or vectors"
-        )
+        remedy = "give a grey-value scan, not colours or vectors"
+        raise DataError("image-not-scalar", file=path, remedy=remedy)
     return reader
 
 
