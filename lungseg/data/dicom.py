@@ -3,11 +3,12 @@
 Slices are ordered by their position along the slice normal, never by InstanceNumber or file name, and
 their distance comes from the positions, never from SliceThickness. A series that is not one regular
 grid is refused: a missing or doubled slice would move every nodule above it. Messages name files
-relative to the folder, and neither patients nor UIDs.
+relative to the folder, never a tag of the patient, and no UID (TCIA names folders so) but for its end.
 """
 
 from __future__ import annotations
 
+import re
 import struct
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from pydicom.uid import ImplicitVRLittleEndian, MediaStorageDirectoryStorage
 from lungseg.data.volume import AIR_HU, Geometry, Volume, vector
 from lungseg.errors import DataError, GeometryError
 
+UID = re.compile(r"\d+(?:\.\d+){4,}")
 DICOMDIR = MediaStorageDirectoryStorage
 THREADS = 4
 IN_PLANE_TOLERANCE_MM = 0.1
@@ -51,7 +53,7 @@ def find_series(folder: Path) -> dict[str, list[Path]]:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise DataError("folder-missing", folder=folder, remedy="give the folder of a DICOM series")
+        raise DataError("folder-missing", folder=_shown(folder), remedy="give the folder of a DICOM series")
     series: dict[str, list[Path]] = {}
     files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
     with disable_value_validation():  # its warnings quote values, so also names
@@ -87,18 +89,22 @@ def read_series(folder: Path, series_uid: str | None = None) -> Volume:
 
 def _choose(series: dict[str, list[Path]], folder: Path, series_uid: str | None) -> list[Path]:
     if not series:
-        raise DataError("series-none", folder=folder, remedy="give a folder with CT slices in DICOM format")
+        raise DataError(
+            "series-none", folder=_shown(folder), remedy="give a folder with CT slices in DICOM format"
+        )
     if series_uid is not None:
         if series_uid not in series:
-            raise DataError("series-missing", folder=folder, remedy="ask for a series that is in the folder")
+            raise DataError(
+                "series-missing", folder=_shown(folder), remedy="ask for a series that is in the folder"
+            )
         return series[series_uid]
     if len(series) > 1:
         listing = "; ".join(
-            f"{number}: {len(files)} slices, first {files[0].relative_to(folder)}"
+            f"{number}: {len(files)} slices, first {_shown(files[0].relative_to(folder))}"
             for number, files in enumerate(series.values(), 1)
         )
         remedy = "give a folder that holds one series only"
-        raise DataError("series-ambiguous", folder=folder, message=listing, remedy=remedy)
+        raise DataError("series-ambiguous", folder=_shown(folder), message=listing, remedy=remedy)
     return next(iter(series.values()))
 
 
@@ -115,11 +121,17 @@ def _dataset(path: Path, folder: Path, tags: list[str] | None = None) -> FileDat
 
 
 def _broken(path: Path, folder: Path) -> DataError:
-    return DataError("dicom-unreadable", file=str(path.relative_to(folder)), remedy="fetch this file again")
+    return DataError(
+        "dicom-unreadable", file=_shown(path.relative_to(folder)), remedy="fetch this file again"
+    )
+
+
+def _shown(path: Path) -> str:
+    return UID.sub(lambda uid: "…" + uid[0][-6:], str(path))
 
 
 def _read_slice(path: Path, folder: Path) -> _Slice:
-    name = str(path.relative_to(folder))
+    name = _shown(path.relative_to(folder))
     dataset = _dataset(path, folder)
     assert dataset is not None  # find_series has read its header
     try:

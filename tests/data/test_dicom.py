@@ -287,6 +287,18 @@ def test_several_series_are_listed_by_number_and_one_can_be_chosen(tmp_path):
     assert "1.2.3" not in str(caught.value)
 
 
+def test_uids_in_the_names_of_folders_and_files_are_shortened(tmp_path):
+    folder = tmp_path / OTHER
+    write(folder / SERIES)
+    last = folder / SERIES / f"{OTHER}.dcm"
+    (folder / SERIES / "5.dcm").rename(last)
+    last.write_bytes(last.read_bytes()[:-9])
+    assert refused(folder, DataError).where["file"] == f"…{SERIES[-6:]}/…{OTHER[-6:]}.dcm"
+    assert refused(folder / "absent", DataError).where["folder"].endswith(f"…{OTHER[-6:]}/absent")
+    write(folder / "again", lambda number, dataset: setattr(dataset, "SeriesInstanceUID", OTHER))
+    assert refused(folder, DataError).code == "series-ambiguous"
+
+
 def test_what_is_no_ct_slice_is_left_out(tmp_path):
     hu = write(tmp_path)
     (tmp_path / "notes.txt").write_text("not DICOM")
