@@ -1,94 +1,15 @@
-"""One real S3 server and one local Ray for the whole session, and small scans to put through them."""
+"""One real S3 server and one local Ray for the whole session."""
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
-import socket
-import subprocess
-import sysconfig
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-ROOT = Path(__file__).parents[1]
-REAL_DATA = ROOT.parent / "shared" / "data"
-BUCKET = "lungseg-test"
-
-
-@dataclass
-class S3Server:
-    """SeaweedFS on 127.0.0.1; `start` and `stop` (SIGKILL) may be repeated on the same folder."""
-
-    folder: Path
-    access_key: str = field(default_factory=lambda: secrets.token_hex(8))
-    secret_key: str = field(default_factory=lambda: secrets.token_hex(16))
-    process: subprocess.Popen[bytes] | None = None
-
-    def __post_init__(self) -> None:
-        names = ("master.port", "volume.port", "filer.port", "s3.port")
-        grpc = tuple(f"{name}.grpc" for name in names)  # by default port + 10000, which may not exist
-        self.ports = dict(zip([*names, *grpc], free_ports(8), strict=True))
-        self.endpoint = f"http://127.0.0.1:{self.ports['s3.port']}"
-        credentials = {"accessKey": self.access_key, "secretKey": self.secret_key}
-        actions = ["Admin", "Read", "Write", "List", "Tagging"]
-        identity = {"name": "test", "credentials": [credentials], "actions": actions}
-        (self.folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
-
-    @property
-    def environment(self) -> dict[str, str]:
-        return {
-            "AWS_ACCESS_KEY_ID": self.access_key,
-            "AWS_SECRET_ACCESS_KEY": self.secret_key,
-            "AWS_ENDPOINT_URL": self.endpoint,
-            "AWS_REGION": "us-east-1",
-        }
-
-    def start(self) -> None:
-        flags = [
-            "-s3",
-            "-ip=127.0.0.1",
-            "-ip.bind=127.0.0.1",
-            "-volume.max=0",
-            "-master.volumeSizeLimitMB=64",
-        ]
-        flags += ["-s3.port.iceberg=0", "-s3.port.lance=0", f"-s3.config={self.folder / 's3.json'}"]
-        flags += [f"-dir={self.folder}", *(f"-{name}={port}" for name, port in self.ports.items())]
-        weed = Path(sysconfig.get_path("scripts")) / "weed"
-        with (self.folder / "log").open("ab") as log:
-            self.process = subprocess.Popen([weed, "server", *flags], stdout=log, stderr=log, cwd=self.folder)
-        for _ in range(300):
-            assert self.process.poll() is None, (self.folder / "log").read_text()[-2000:]
-            try:
-                urllib.request.urlopen(self.endpoint + "/healthz", timeout=1)
-                return
-            except (urllib.error.URLError, OSError):
-                time.sleep(0.1)
-        raise AssertionError((self.folder / "log").read_text()[-2000:])
-
-    def stop(self) -> None:
-        if self.process:
-            self.process.kill()
-            self.process.wait(timeout=20)
-            self.process = None
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on; all held at once, so that they differ."""
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
+from servers import BUCKET, REAL_DATA, S3Server, s3_client
 
 
 @pytest.fixture(scope="session")
@@ -114,17 +35,6 @@ def s3_uri(s3_server: S3Server) -> str:
     return f"s3://{BUCKET}/{secrets.token_hex(4)}"
 
 
-def s3_client() -> Any:
-    """Plain boto3, as a user without lungseg would have it."""
-    import boto3
-    from botocore.config import Config
-
-    config = Config(
-        request_checksum_calculation="when_required", response_checksum_validation="when_required"
-    )
-    return boto3.client("s3", config=config)
-
-
 @pytest.fixture(scope="session")
 def ray_cluster(s3_server: S3Server) -> Iterator[Any]:
     """The local Ray that lungseg itself starts; it starts after the S3 server to know its address."""
@@ -140,3 +50,37 @@ def real_data() -> Path:
     if not REAL_DATA.is_dir():
         pytest.skip(f"real CT is not at {REAL_DATA}: fetch the CT samples that its README lists")
     return REAL_DATA
+
+
+@pytest.fixture(scope="session")
+def write_balls() -> Callable[[Store, str], Manifest]:
+    """Writes a data set of 16-voxel patches, each a ball of tissue in noisy lung, straight as shards:
+    24 to train on and 6 to validate, every third of them without a ball, ignore voxels in the corners."""
+
+    def write(store: Store, name: str) -> Manifest:
+        shape = (16, 16, 16)
+        written = {}
+        for split, count in (("train", 24), ("val", 6)):
+            patches = [_ball(f"{split}-{i}", i, shape, bool(i % 3)) for i in range(count)]
+            groups = [patches[i : i + 3] for i in range(0, count, 3)]
+            key = f"data/{name}/shards/{split}-00000.arrow"
+            written[split] = (write_shard(store, key, groups, shape, "lz4"),)
+        manifest = Manifest(name, "balls", {}, shape, written, {}, {}, {}, ())
+        store.put(manifest_key(name), manifest.to_bytes())
+        return load_manifest(store, name)
+
+    return write
+
+
+def _ball(case_id: str, number: int, shape: tuple[int, int, int], positive: bool) -> Patch:
+    random = np.random.default_rng(number)
+    image = random.normal(-800, 40, shape)
+    mask = np.zeros(shape, np.uint8)
+    if positive:
+        centre, radius = random.uniform(5, 11, 3), random.uniform(2.5, 5)
+        distance = np.linalg.norm(np.moveaxis(np.indices(shape), 0, -1) - centre, axis=-1)
+        mask[distance <= radius] = 1
+        image[mask == 1] += 800
+    mask[-2:, -2:, -2:] = IGNORE
+    stratum = "nodule" if positive else "lung"
+    return Patch(image.astype(np.int16), mask, case_id, "", stratum, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
