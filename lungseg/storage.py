@@ -236,9 +236,10 @@ class S3Store(Store):
 
     @property
     def client(self) -> Any:
-        if self._client is None:
-            self._client = _s3_client()
-        return self._client
+        client = self._client  # another thread may `renew` at any moment
+        if client is None:
+            client = self._client = _s3_client()
+        return client
 
     def renew(self) -> None:
         self._client = None

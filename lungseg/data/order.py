@@ -45,20 +45,6 @@ def permutation(count: int, seed: int, pass_number: int) -> np.ndarray:
     return np.argsort(raw, kind="stable")
 
 
-def cut(rows: Sequence[int], order: Sequence[int] | np.ndarray, start: int, stop: int) -> list[RowSlice]:
-    """The slices that hold rows [start, stop) of the record batches laid end to end in `order`."""
-    ends = np.cumsum([rows[i] for i in order])
-    slices = []
-    position = int(np.searchsorted(ends, start, side="right"))
-    while start < stop:
-        index, end = int(order[position]), int(ends[position])
-        begin = end - rows[index]
-        upto = min(stop, end)
-        slices.append(RowSlice(index, start - begin, upto - begin))
-        start, position = upto, position + 1
-    return slices
-
-
 def training_batches(
     rows: Sequence[int],
     *,
@@ -70,32 +56,39 @@ def training_batches(
 ) -> Iterator[list[RowSlice]]:
     """This rank's share of global batch `first_step`, `first_step + 1`, … without end.
 
-    Raises DataError("too-few-patches"), ConfigError("world-size") if the batch does not divide.
+    Raises at once DataError("too-few-patches"), ConfigError("world-size") if the batch does not divide.
     """
-    share = _share(global_batch, world_size)
+    share = rows_per_rank(global_batch, world_size)
     per_pass = steps_per_pass(rows, global_batch)
-    step = first_step
-    while True:
-        pass_number, within = divmod(step, per_pass)
-        order = permutation(len(rows), seed, pass_number)
-        for number in range(within, per_pass):
-            start = number * global_batch + rank * share
-            yield cut(rows, order, start, start + share)
-            step += 1
+
+    def batches() -> Iterator[list[RowSlice]]:
+        pass_number, within = divmod(first_step, per_pass)
+        while True:
+            order = permutation(len(rows), seed, pass_number)
+            ends = np.cumsum(np.asarray(rows)[order])
+            for number in range(within, per_pass):
+                start = number * global_batch + rank * share
+                yield _cut(order, ends, start, start + share)
+            pass_number, within = pass_number + 1, 0
+
+    return batches()
 
 
 def evaluation_batches(
     rows: Sequence[int], *, global_batch: int, rank: int = 0, world_size: int = 1
 ) -> Iterator[list[RowSlice]]:
-    """Every row once, unshuffled; at the end a rank may get fewer rows than its share, or none."""
-    share = _share(global_batch, world_size)
-    total = sum(rows)
-    for first in range(0, total, global_batch):
-        start = min(first + rank * share, total)
-        yield cut(rows, range(len(rows)), start, min(start + share, total))
+    """Every row once, unshuffled; at the end a rank may get fewer rows than its share, or none.
+
+    Raises at once ConfigError("world-size") if the batch does not divide.
+    """
+    share = rows_per_rank(global_batch, world_size)
+    order, ends, total = np.arange(len(rows)), np.cumsum(rows), sum(rows)
+    starts = (min(first + rank * share, total) for first in range(0, total, global_batch))
+    return (_cut(order, ends, start, min(start + share, total)) for start in starts)
 
 
-def _share(global_batch: int, world_size: int) -> int:
+def rows_per_rank(global_batch: int, world_size: int) -> int:
+    """Each rank's share of a global batch. Raises ConfigError("world-size") if it does not divide."""
     if global_batch % world_size:
         raise ConfigError(
             "world-size",
@@ -104,3 +97,16 @@ def _share(global_batch: int, world_size: int) -> int:
             remedy="choose a train.global_batch that the workers divide",
         )
     return global_batch // world_size
+
+
+def _cut(order: np.ndarray, ends: np.ndarray, start: int, stop: int) -> list[RowSlice]:
+    """The slices that hold rows [start, stop) of the record batches laid end to end in `order`; the k-th
+    of them ends before row `ends[k]`."""
+    slices = []
+    position = int(np.searchsorted(ends, start, side="right"))
+    while start < stop:
+        begin = int(ends[position - 1]) if position else 0
+        upto = min(stop, int(ends[position]))
+        slices.append(RowSlice(int(order[position]), start - begin, upto - begin))
+        start, position = upto, position + 1
+    return slices

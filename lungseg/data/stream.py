@@ -21,6 +21,9 @@ from lungseg.data.order import RowSlice
 from lungseg.data.shards import IGNORE, Manifest
 from lungseg.storage import Store
 
+Decoded = Future[tuple[np.ndarray, np.ndarray]]
+"""Images and masks of a record batch that is being fetched."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -60,19 +63,22 @@ class PatchStream:
         self._batches = manifest.record_batches(split)
         self._layout = shards.schema(manifest.patch_shape_zyx)
         self._shape = manifest.patch_shape_zyx
-        self._share = global_batch // world_size
+        self._share = order.rows_per_rank(global_batch, world_size)
         self._first_row = rank * self._share
         place: dict[str, Any] = {"global_batch": global_batch, "rank": rank, "world_size": world_size}
         rows = manifest.rows(split)
-        if training:
-            order.steps_per_pass(rows, global_batch)  # refuse too small a split here, not on a thread
-            self._plan = order.training_batches(rows, seed=seed, first_step=first_step, **place)
-        else:
-            self._plan = order.evaluation_batches(rows, **place)
-        self._step = first_step
-        batch_bytes = 3 * self._share * int(np.prod(self._shape))
-        self._ahead = max(1, (config.prefetch_mib << 20) // batch_bytes)
-        self._waiting: deque[list[tuple[RowSlice, Future[Any]]]] = deque()
+        plan = (
+            order.training_batches(rows, seed=seed, first_step=first_step, **place)
+            if training
+            else order.evaluation_batches(rows, **place)
+        )
+        self._plan = enumerate(plan, first_step)
+        # A batch may take a single row of its first and of its last record batch, which wait as a whole.
+        rows_held = self._share + 2 * (max(rows, default=1) - 1)
+        patch_bytes = 3 * int(np.prod(self._shape))
+        self._ahead = max(1, (config.prefetch_mib << 20) // (rows_held * patch_bytes))
+        self._waiting: deque[tuple[int, list[tuple[RowSlice, Decoded]]]] = deque()
+        self._newest: tuple[int, Decoded] | None = None
         self._threads: ThreadPoolExecutor | None = None
         self.waited_seconds = 0.0
 
@@ -82,9 +88,9 @@ class PatchStream:
 
     def __exit__(self, *_: object) -> None:
         assert self._threads is not None
-        self._waiting.clear()
         self._threads.shutdown(wait=True, cancel_futures=True)
-        self._threads = None
+        self._threads = self._newest = None
+        self._waiting.clear()
 
     def __iter__(self) -> Iterator[Batch]:
         while True:
@@ -92,26 +98,32 @@ class PatchStream:
             if not self._waiting:
                 return
             began = time.perf_counter()
-            pieces = [(piece, future.result()) for piece, future in self._waiting.popleft()]
+            step, pieces = self._waiting.popleft()
+            batch = self._assemble(step, [(piece, decoded.result()) for piece, decoded in pieces])
             self.waited_seconds += time.perf_counter() - began
-            yield self._assemble(pieces)
-            self._step += 1
+            yield batch
 
     def _fill(self) -> None:
-        if self._threads is None:
-            raise RuntimeError("a PatchStream is iterated inside its `with` block")
         while len(self._waiting) < self._ahead:
-            pieces = next(self._plan, None)
+            step, pieces = next(self._plan, (-1, None))
             if pieces is None:
                 return
-            self._waiting.append([(p, self._threads.submit(self._load, p.record_batch)) for p in pieces])
+            self._waiting.append((step, [(piece, self._decoded(piece.record_batch)) for piece in pieces]))
+
+    def _decoded(self, number: int) -> Decoded:
+        """The arrays of a record batch, to come; one fetch where it spans two batches."""
+        if self._threads is None:
+            raise RuntimeError("a PatchStream is iterated inside its `with` block")
+        if self._newest is None or self._newest[0] != number:
+            self._newest = number, self._threads.submit(self._load, number)
+        return self._newest[1]
 
     def _load(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         shard, within = self._batches[number]
         batch = shards.read_record_batch(self._store, shard, within, self._layout, self._config.refetches)
         return shards.tensors(batch, "image"), shards.tensors(batch, "mask")
 
-    def _assemble(self, pieces: list[tuple[RowSlice, tuple[np.ndarray, np.ndarray]]]) -> Batch:
+    def _assemble(self, step: int, pieces: list[tuple[RowSlice, tuple[np.ndarray, np.ndarray]]]) -> Batch:
         image = np.zeros((self._share, *self._shape), np.int16)
         mask = np.full((self._share, *self._shape), IGNORE, np.uint8)
         row = 0
@@ -120,4 +132,4 @@ class PatchStream:
             image[row:upto] = images[piece.start : piece.stop]
             mask[row:upto] = masks[piece.start : piece.stop]
             row = upto
-        return Batch(self._step, self._first_row, image, mask)
+        return Batch(step, self._first_row, image, mask)
