@@ -50,37 +50,3 @@ def real_data() -> Path:
     if not REAL_DATA.is_dir():
         pytest.skip(f"real CT is not at {REAL_DATA}: fetch the CT samples that its README lists")
     return REAL_DATA
-
-
-@pytest.fixture(scope="session")
-def write_balls() -> Callable[[Store, str], Manifest]:
-    """Writes a data set of 16-voxel patches, each a ball of tissue in noisy lung, straight as shards:
-    24 to train on and 6 to validate, every third of them without a ball, ignore voxels in the corners."""
-
-    def write(store: Store, name: str) -> Manifest:
-        shape = (16, 16, 16)
-        written = {}
-        for split, count in (("train", 24), ("val", 6)):
-            patches = [_ball(f"{split}-{i}", i, shape, bool(i % 3)) for i in range(count)]
-            groups = [patches[i : i + 3] for i in range(0, count, 3)]
-            key = f"data/{name}/shards/{split}-00000.arrow"
-            written[split] = (write_shard(store, key, groups, shape, "lz4"),)
-        manifest = Manifest(name, "balls", {}, shape, written, {}, {}, {}, ())
-        store.put(manifest_key(name), manifest.to_bytes())
-        return load_manifest(store, name)
-
-    return write
-
-
-def _ball(case_id: str, number: int, shape: tuple[int, int, int], positive: bool) -> Patch:
-    random = np.random.default_rng(number)
-    image = random.normal(-800, 40, shape)
-    mask = np.zeros(shape, np.uint8)
-    if positive:
-        centre, radius = random.uniform(5, 11, 3), random.uniform(2.5, 5)
-        distance = np.linalg.norm(np.moveaxis(np.indices(shape), 0, -1) - centre, axis=-1)
-        mask[distance <= radius] = 1
-        image[mask == 1] += 800
-    mask[-2:, -2:, -2:] = IGNORE
-    stratum = "nodule" if positive else "lung"
-    return Patch(image.astype(np.int16), mask, case_id, "", stratum, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
