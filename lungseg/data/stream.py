@@ -76,7 +76,9 @@ class PatchStream:
         # A batch may take a single row of its first and of its last record batch, which wait as a whole.
         rows_held = self._share + 2 * (max(rows, default=1) - 1)
         patch_bytes = 3 * int(np.prod(self._shape))
-        self._ahead = max(1, (config.prefetch_mib << 20) // (rows_held * patch_bytes))
+        fits = (config.prefetch_mib << 20) // (rows_held * patch_bytes)
+        # Of tiny patches a million would fit; more than keep all threads busy for a while helps nobody.
+        self._ahead = min(max(1, fits), 4 * config.threads)
         self._waiting: deque[tuple[int, list[tuple[RowSlice, Decoded]]]] = deque()
         self._newest: tuple[int, Decoded] | None = None
         self._threads: ThreadPoolExecutor | None = None
