@@ -77,7 +77,9 @@ def schema(shape_zyx: Sequence[int]) -> pa.Schema:
     )
 
 
-def encode(patches: Iterable[Sequence[Patch]], shape_zyx: Sequence[int], codec: Codec) -> tuple[bytes, list]:
+def encode(
+    patches: Iterable[Sequence[Patch]], shape_zyx: Sequence[int], codec: Codec
+) -> tuple[bytes, list[RecordBatch]]:
     """An Arrow IPC file with one record batch for each group of patches, and its list of RecordBatch."""
     sink = pa.BufferOutputStream()
     options = pa.ipc.IpcWriteOptions(compression=None if codec == "raw" else codec, use_threads=False)
@@ -91,9 +93,8 @@ def encode(patches: Iterable[Sequence[Patch]], shape_zyx: Sequence[int], codec: 
             spans.append((begin, sink.tell() - begin, len(group)))
             begin = sink.tell()
     data = sink.getvalue().to_pybytes()
-    view = memoryview(data)
     batches = [
-        RecordBatch(begin, size, rows, google_crc32c.value(bytes(view[begin : begin + size])))
+        RecordBatch(begin, size, rows, google_crc32c.value(data[begin : begin + size]))
         for begin, size, rows in spans
     ]
     return data, batches
@@ -150,7 +151,7 @@ def _to_arrow(group: Sequence[Patch], layout: pa.Schema) -> pa.RecordBatch:
     for field in layout:
         if field.name in ("image", "mask"):
             name = "image_hu" if field.name == "image" else "mask"
-            stacked = np.ascontiguousarray(np.stack([getattr(patch, name) for patch in group]))
+            stacked = np.stack([getattr(patch, name) for patch in group])
             columns.append(pa.FixedShapeTensorArray.from_numpy_ndarray(stacked))
         else:
             columns.append(pa.array([getattr(patch, field.name) for patch in group], field.type))
@@ -184,6 +185,13 @@ class Manifest:
     def rows(self, split: str) -> list[int]:
         return [shard.batches[number].rows for shard, number in self.record_batches(split)]
 
+    def held_out(self, split: str) -> tuple[VolumeEntry, ...]:
+        """The whole scans of a split. Raises DataError("split-empty") where none are kept."""
+        if not self.volumes.get(split):
+            kept = ", ".join(name for name, found in self.volumes.items() if found) or "none"
+            raise DataError("split-empty", data=self.name, split=split, remedy=f"splits with scans: {kept}")
+        return self.volumes[split]
+
 
 def manifest_key(name: str) -> str:
     return f"data/{name}/manifest.json"
@@ -193,11 +201,11 @@ def load_manifest(store: Store, name: str) -> Manifest:
     """Raises DataError("data-missing" or "manifest-format")."""
     key = manifest_key(name)
     if not store.exists(key):
-        known = ", ".join(store.folders("data/")) or "none"
-        remedy = f"run `lungseg prepare`; finished data sets here: {known}"
+        done = [other for other in store.folders("data/") if store.exists(manifest_key(other))]
+        remedy = f"run `lungseg prepare`; finished data sets here: {', '.join(done) or 'none'}"
         raise DataError("data-missing", store=store.uri, data=name, remedy=remedy)
     tree = store.get_json(key)
-    if tree.pop("format", None) != FORMAT:
+    if not isinstance(tree, dict) or tree.pop("format", None) != FORMAT:
         raise DataError("manifest-format", key=key, remedy="prepare the data again with this version")
     tree["shards"] = {s: tuple(map(Shard.from_json, shards)) for s, shards in tree["shards"].items()}
     tree["volumes"] = {s: tuple(VolumeEntry(**v) for v in found) for s, found in tree["volumes"].items()}

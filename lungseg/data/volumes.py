@@ -34,15 +34,16 @@ class StoredVolume:
 
 def write_volume(store: Store, key: str, case_id: str, stored: StoredVolume) -> VolumeEntry:
     """One Arrow IPC file, zstd-compressed, with the geometry in the schema's metadata."""
-    columns = {"image": stored.volume.volume_hu, "mask": stored.mask}
-    arrays = [_single_row(array) for array in columns.values()]
-    batch = pa.record_batch(arrays, names=list(columns))
-    geometry = json.dumps(asdict(stored.volume.geometry)).encode()
-    schema = batch.schema.with_metadata({b"geometry": geometry})
+    columns = [
+        pa.FixedShapeTensorArray.from_numpy_ndarray(np.stack([array]))
+        for array in (stored.volume.volume_hu, stored.mask)
+    ]
+    geometry = json.dumps(asdict(stored.volume.geometry))
+    batch = pa.record_batch(columns, ["image", "mask"], metadata={"geometry": geometry})
     sink = pa.BufferOutputStream()
     options = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", 1), use_threads=False)
-    with pa.ipc.new_file(sink, schema, options=options) as writer:
-        writer.write_batch(batch.cast(schema))
+    with pa.ipc.new_file(sink, batch.schema, options=options) as writer:
+        writer.write_batch(batch)
     data = sink.getvalue().to_pybytes()
     store.put(key, data)
     return VolumeEntry(case_id, key, len(data), hashlib.sha256(data).hexdigest())
@@ -61,10 +62,3 @@ def read_volume(store: Store, entry: VolumeEntry) -> StoredVolume:
     geometry = Geometry(**{name: tuple(value) for name, value in tree.items()})
     image, mask = (batch.column(name).to_numpy_ndarray()[0] for name in ("image", "mask"))
     return StoredVolume(Volume(image, geometry), mask)
-
-
-def _single_row(array: np.ndarray) -> pa.Array:
-    # Arrow's own conversion refuses a leading axis of one, whose stride NumPy leaves undefined.
-    kind = pa.fixed_shape_tensor(pa.from_numpy_dtype(array.dtype), array.shape)
-    flat = pa.array(np.ascontiguousarray(array).ravel())
-    return pa.ExtensionArray.from_storage(kind, pa.FixedSizeListArray.from_arrays(flat, array.size))

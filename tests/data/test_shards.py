@@ -1,0 +1,251 @@
+"""Shards: plain Arrow to others, and for us record batches of which no flipped bit goes unseen."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from lungseg.config import Codec, DataConfig
+from lungseg.data.shards import (
+    IGNORE,
+    Manifest,
+    Patch,
+    RecordBatch,
+    Shard,
+    load_manifest,
+    manifest_key,
+    patch_of,
+    read_record_batch,
+    schema,
+    tensors,
+    write_shard,
+)
+from lungseg.data.volumes import VolumeEntry
+from lungseg.errors import DataError, StorageError
+from lungseg.storage import FolderStore, open_store, to_json
+
+SHAPE = (3, 4, 5)
+LAYOUT = schema(SHAPE)
+KEY = "data/d/shards/train-00000.arrow"
+CODECS: list[Codec] = ["raw", "lz4", "zstd"]
+
+
+def patch(number: int) -> Patch:
+    rng = np.random.default_rng(number)
+    return Patch(
+        image_hu=rng.integers(-1024, 3072, SHAPE, dtype=np.int16),
+        mask=rng.choice(np.array([0, 1, IGNORE], np.uint8), SHAPE),
+        case_id=f"Fall-{number} ä",
+        nodule_id=str(number) if number % 2 else "",
+        stratum="nodule" if number % 2 else "lung",
+        centre_lps_mm=(number + 0.1, -number / 3, 1e-9),
+        spacing_mm=(2.5, 0.7, 0.7),
+    )
+
+
+def groups() -> list[list[Patch]]:
+    """Record batches of 3, 3 and 1 patches."""
+    return [[patch(number) for number in numbers] for numbers in (range(3), range(3, 6), range(6, 7))]
+
+
+def assert_same(one: Patch, other: Patch) -> None:
+    for field in dataclasses.fields(Patch):
+        ours, theirs = getattr(one, field.name), getattr(other, field.name)
+        if isinstance(ours, np.ndarray):
+            assert ours.dtype == theirs.dtype
+            np.testing.assert_array_equal(ours, theirs)
+        else:
+            assert ours == theirs
+
+
+def crc32c(data: bytes) -> int:
+    """CRC-32C bit by bit, from its definition in RFC 3720 (reflected polynomial 82F63B78)."""
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+    return crc ^ 0xFFFFFFFF
+
+
+class CountedStore(FolderStore):
+    """A folder whose first `bad_reads` reads come with a flipped bit, as from a bad network card."""
+
+    def __init__(self, root: Path, bad_reads: int = 0) -> None:
+        super().__init__(root)
+        self.gets: list[tuple[str, int, int | None]] = []
+        self.renewals = 0
+        self.bad_reads = bad_reads
+
+    def get(self, key: str, start: int = 0, length: int | None = None) -> bytes:
+        self.gets.append((key, start, length))
+        data = bytearray(super().get(key, start, length))
+        data[len(data) // 2] ^= 4 * (len(self.gets) <= self.bad_reads)
+        return bytes(data)
+
+    def renew(self) -> None:
+        self.renewals += 1
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_every_patch_comes_back_exactly_also_of_a_ragged_last_batch(tmp_path: Path, codec: Codec) -> None:
+    store = open_store(tmp_path)
+    shard = write_shard(store, KEY, groups(), SHAPE, codec)
+    assert [batch.rows for batch in shard.batches] == [3, 3, 1]
+    for number, group in enumerate(groups()):
+        batch = read_record_batch(store, shard, number, LAYOUT)
+        assert batch.num_rows == len(group)
+        for row, written in enumerate(group):
+            assert_same(patch_of(batch, row), written)
+            np.testing.assert_array_equal(tensors(batch, "image")[row], written.image_hu)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_the_same_patches_give_the_same_bytes(tmp_path: Path, codec: Codec) -> None:
+    store = open_store(tmp_path)
+    shard = write_shard(store, "a", groups(), SHAPE, codec)
+    again = write_shard(store, "b", iter(groups()), SHAPE, codec)
+    assert store.get("a") == store.get("b")
+    assert shard == dataclasses.replace(again, key="a")
+    assert (shard.bytes, shard.sha256) == (store.size("a"), hashlib.sha256(store.get("a")).hexdigest())
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_plain_arrow_reads_the_file_and_finds_the_batches_where_the_entry_says(
+    tmp_path: Path, codec: Codec
+) -> None:
+    shard = write_shard(open_store(tmp_path), KEY, groups(), SHAPE, codec)
+    data = (tmp_path / KEY).read_bytes()
+    with pa.ipc.open_file(tmp_path / KEY) as reader:
+        assert reader.num_record_batches == 3
+        for number, place in enumerate(shard.batches):
+            span = data[place.offset : place.offset + place.bytes]
+            assert crc32c(span) == place.crc32c
+            alone = pa.ipc.read_record_batch(pa.ipc.read_message(span), reader.schema)
+            assert alone.equals(reader.get_batch(number))
+            assert alone["case_id"].to_pylist() == [one.case_id for one in groups()[number]]
+            np.testing.assert_array_equal(
+                alone["mask"].to_numpy_ndarray(), [one.mask for one in groups()[number]]
+            )
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_flipped_bit_at_any_place_of_a_record_batch_is_seen(tmp_path: Path, codec: Codec) -> None:
+    store = open_store(tmp_path)
+    shard = write_shard(store, KEY, groups(), SHAPE, codec)
+    place = shard.batches[1]
+    with (tmp_path / KEY).open("r+b", buffering=0) as file:
+        for at in range(place.offset, place.offset + place.bytes):
+            file.seek(at)
+            (byte,) = file.read(1)
+            file.seek(at)
+            file.write(bytes([byte ^ 1 << at % 8]))
+            with pytest.raises(DataError, match="shard-corrupt"):
+                read_record_batch(store, shard, 1, LAYOUT, refetches=0)
+            file.seek(at)
+            file.write(bytes([byte]))
+    assert read_record_batch(store, shard, 1, LAYOUT, refetches=0).num_rows == 3
+
+
+def test_one_good_batch_costs_one_ranged_get(tmp_path: Path) -> None:
+    store = CountedStore(tmp_path)
+    shard = write_shard(store, KEY, groups(), SHAPE, "lz4")
+    read_record_batch(store, shard, 1, LAYOUT)
+    assert store.gets == [(KEY, shard.batches[1].offset, shard.batches[1].bytes)]
+    assert store.renewals == 0
+
+
+@pytest.mark.parametrize("bad_reads", [1, 3])
+def test_a_passing_fault_is_healed_by_fetching_again_on_a_new_connection(
+    tmp_path: Path, bad_reads: int
+) -> None:
+    store = CountedStore(tmp_path, bad_reads)
+    shard = write_shard(store, KEY, groups(), SHAPE, "raw")
+    batch = read_record_batch(store, shard, 0, LAYOUT, refetches=3)
+    assert_same(patch_of(batch, 2), patch(2))
+    assert (len(store.gets), store.renewals) == (bad_reads + 1, bad_reads)
+
+
+@pytest.mark.parametrize("refetches", [0, 2])
+def test_a_lasting_fault_ends_in_an_error_with_shard_and_offset(tmp_path: Path, refetches: int) -> None:
+    store = CountedStore(tmp_path, bad_reads=99)
+    shard = write_shard(store, KEY, groups(), SHAPE, "raw")
+    with pytest.raises(DataError, match="shard-corrupt") as caught:
+        read_record_batch(store, shard, 2, LAYOUT, refetches)
+    place = shard.batches[2]
+    assert caught.value.where == {"shard": KEY, "offset": place.offset, "bytes": place.bytes}
+    assert len(store.gets) == refetches + 1
+
+
+def test_a_shard_cut_short_or_gone_is_an_error_of_the_store(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    shard = write_shard(store, KEY, groups(), SHAPE, "raw")
+    store.put(KEY, store.get(KEY)[: shard.batches[2].offset + 8])
+    with pytest.raises(StorageError, match="object-truncated"):
+        read_record_batch(store, shard, 2, LAYOUT)
+    store.delete([KEY])
+    with pytest.raises(StorageError, match="object-missing"):
+        read_record_batch(store, shard, 0, LAYOUT)
+
+
+def manifest(name: str = "d") -> Manifest:
+    shards = [
+        Shard(
+            f"data/{name}/shards/{split}-{number:05d}.arrow",
+            1000,
+            "ab" * 32,
+            tuple(RecordBatch(512 + 64 * batch, 64, rows, 2**32 - 1) for batch, rows in enumerate((2, 2, 1))),
+        )
+        for split, number in (("train", 0), ("train", 1), ("val", 0))
+    ]
+    return Manifest(
+        name=name,
+        fingerprint="cd" * 32,
+        config=DataConfig().model_dump(mode="json"),
+        patch_shape_zyx=SHAPE,
+        shards={"train": tuple(shards[:2]), "val": (shards[2],)},
+        volumes={"val": (VolumeEntry("c", "data/d/volumes/val/c.arrow", 7, "ef" * 32),), "test": ()},
+        cases={"train": ("a", "b"), "val": ("c",), "test": ()},
+        counts={"train": {"scans": 2, "nodules": 3, "patches": 10, "nodule": 10}},
+        excluded=({"case": "x", "reason": "slices of 5 mm, thicker than 2.5 mm"},),
+    )
+
+
+def test_a_manifest_comes_back_equal_with_the_checksum_of_its_own_bytes(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    store.put(manifest_key("d"), manifest().to_bytes())
+    read = load_manifest(store, "d")
+    data = (tmp_path / "data/d/manifest.json").read_bytes()
+    assert read == dataclasses.replace(manifest(), sha256=hashlib.sha256(data).hexdigest())
+    assert read.to_bytes() == data
+
+
+def test_record_batches_are_counted_through_all_shards_of_a_split() -> None:
+    first, second = manifest().shards["train"]
+    assert manifest().record_batches("train") == [(s, n) for s in (first, second) for n in range(3)]
+    assert manifest().rows("train") == [2, 2, 1, 2, 2, 1]
+
+
+def test_a_missing_data_set_lists_the_finished_ones(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    with pytest.raises(DataError, match="finished data sets here: none"):
+        load_manifest(store, "d")
+    for name in ("first", "second"):
+        store.put(manifest_key(name), manifest(name).to_bytes())
+    store.put("data/half-done/work/c.json", b"{}")
+    with pytest.raises(DataError, match="data-missing") as caught:
+        load_manifest(store, "d")
+    assert caught.value.remedy.endswith("finished data sets here: first, second")
+
+
+@pytest.mark.parametrize("tree", [{}, {"format": 0}, {"format": 2}, []])
+def test_a_manifest_of_another_format_is_refused(tmp_path: Path, tree: object) -> None:
+    store = open_store(tmp_path)
+    store.put(manifest_key("d"), to_json(tree))
+    with pytest.raises(DataError, match="manifest-format"):
+        load_manifest(store, "d")
