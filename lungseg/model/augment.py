@@ -34,18 +34,17 @@ def _one(
     image: tf.Tensor, mask: tf.Tensor, config: AugmentConfig, stream: tf.Tensor
 ) -> tuple[tf.Tensor, tf.Tensor]:
     draws = tf.random.stateless_uniform([8], stream)
-    shape = image.shape
-    if config.flips:
-        # -1 reads an axis backwards; a stride is cheaper than a conditional flip.
-        z, y, x = tf.unstack(tf.where(draws[:3] < 0.5, -1, 1))
-        image, mask = image[::z, ::y, ::x], mask[::z, ::y, ::x]
+    signs = tf.where(draws[:3] < 0.5, -1, 1) if config.flips else tf.ones([3], tf.int32)
     if config.turns:
+        # A turn by 90 degrees is a transposition, then a flip of y; by 270, of x; by 180, both flips.
         turns = tf.cast(draws[3] * 4, tf.int32)
-        image, mask = tf.image.rot90(image, turns), tf.image.rot90(mask, turns)
-    image, mask = tf.ensure_shape(image, shape), tf.ensure_shape(mask, shape)
-    mean = tf.reduce_mean(image)
-    factor = 1 + config.contrast * (2 * draws[4] - 1)
-    image = (image - mean) * factor + mean + config.brightness_hu * (2 * draws[5] - 1)
+        image, mask = (tf.where(turns % 2 == 1, tf.transpose(a, [0, 2, 1, 3]), a) for a in (image, mask))
+        signs *= tf.gather([[1, 1, 1], [1, -1, 1], [1, -1, -1], [1, 1, -1]], turns)
+    # -1 reads an axis backwards; strides and a choice cost less than conditionals in the graph.
+    z, y, x = tf.unstack(signs)
+    image, mask = (tf.ensure_shape(a[::z, ::y, ::x], a.shape) for a in (image, mask))
+    contrast, brightness = config.contrast * (2 * draws[4] - 1), config.brightness_hu * (2 * draws[5] - 1)
+    image += contrast * (image - tf.reduce_mean(image)) + brightness
     if config.noise_hu:
         deviation = config.noise_hu * draws[6]
         image += deviation * tf.random.stateless_normal(tf.shape(image), tf.random.fold_in(stream, 1))

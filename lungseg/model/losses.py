@@ -60,6 +60,8 @@ def _cross_entropy(logits: tf.Tensor, mask: tf.Tensor, gamma: float) -> tf.Tenso
     target, weight = target_and_weight(mask)
     entropy = tf.nn.sigmoid_cross_entropy_with_logits(target, logits)
     if gamma:
-        entropy *= tf.pow(1 - tf.exp(-entropy), gamma)  # exp(-entropy) is the true class's probability
+        # By logarithms: a power below 1 has no gradient at 0, where the network is sure and right.
+        wrong = tf.nn.sigmoid_cross_entropy_with_logits(1 - target, logits)
+        entropy *= tf.exp(-gamma * wrong)
     axes = [1, 2, 3, 4]
     return tf.math.divide_no_nan(tf.reduce_sum(entropy * weight, axes), tf.reduce_sum(weight, axes))

@@ -1,0 +1,139 @@
+"""The network: what goes in, what comes out, that it learns, and that the file people pull is the same."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from lungseg.config import LossConfig, ModelConfig
+from lungseg.model.losses import make_loss
+from lungseg.model.unet import HuWindow, build_unet, with_probability
+from lungseg.train.export import export_model
+
+TINY = ModelConfig(width=4, depth=3)
+
+
+@pytest.fixture(autouse=True)
+def _float32() -> Iterator[None]:
+    keras.utils.set_random_seed(0)
+    yield
+    keras.mixed_precision.set_dtype_policy("float32")
+
+
+def volume_hu(seed: int = 0, shape: tuple[int, ...] = (2, 8, 12, 16, 1)) -> np.ndarray:
+    return np.random.default_rng(seed).uniform(-1200, 600, shape).astype(np.float32)
+
+
+def test_the_window_maps_its_ends_to_minus_one_and_one_and_clips() -> None:
+    window = HuWindow(-1000, 400)
+    np.testing.assert_allclose(
+        window(np.float32([-3000, -1000, -300, 400, 3000])).numpy(), [-1, -1, 0, 1, 1], atol=1e-6
+    )
+
+
+def test_bfloat16_loses_no_hounsfield_units_before_the_window() -> None:
+    """bfloat16 has 8 bits: 401 HU and 400 HU are equal in it, and in a narrow window they must not be."""
+    keras.mixed_precision.set_dtype_policy("mixed_bfloat16")
+    model = build_unet(ModelConfig(width=2, depth=2, hu_window=(390.0, 410.0)))
+    windowed = keras.Model(model.input, model.get_layer("hu_window").output)
+    hu = np.arange(390, 411, dtype=np.float32)
+    values = windowed(hu.reshape(1, 1, 1, -1, 1))
+    assert values.dtype == tf.bfloat16
+    np.testing.assert_allclose(tf.cast(values, tf.float32).numpy().ravel(), (hu - 400) / 10, atol=1 / 256)
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
+@pytest.mark.parametrize("norm", ["instance", "group", "batch", "none"])
+def test_logits_are_float32_of_the_input_shape_with_every_norm(norm: str, policy: str) -> None:
+    keras.mixed_precision.set_dtype_policy(policy)
+    config = ModelConfig(width=4, depth=3, norm=norm, dropout=0.1)
+    logits = build_unet(config)(volume_hu())
+    assert logits.dtype == tf.float32
+    assert logits.shape == (2, 8, 12, 16, 1)
+    assert np.isfinite(logits.numpy()).all()
+
+
+@pytest.mark.parametrize("depth", [2, 3, 5])
+def test_sides_must_be_multiples_of_the_total_stride(depth: int) -> None:
+    config = ModelConfig(width=2, depth=depth)
+    assert config.total_stride == 2 ** (depth - 1)
+    model, side = build_unet(config), config.total_stride
+    assert model(volume_hu(shape=(1, 2 * side, side, 3 * side, 1))).shape[1:4] == (2 * side, side, 3 * side)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="ConcatOp"):
+        model(volume_hu(shape=(1, 2 * side + 1, side, side, 1)))
+
+
+def test_widths_double_up_to_the_limit() -> None:
+    model = build_unet(ModelConfig(width=4, depth=4, max_width=10))
+    assert [model.get_layer(f"encode{level}a_conv").filters for level in range(4)] == [4, 8, 10, 10]
+
+
+def test_a_new_network_takes_nodules_for_rare() -> None:
+    probability = with_probability(build_unet(TINY))(volume_hu()).numpy()
+    assert 0.001 < np.median(probability) < 0.1
+
+
+def test_equal_seeds_give_equal_networks() -> None:
+    first = build_unet(TINY).get_weights()
+    keras.utils.set_random_seed(0)
+    for one, other in zip(first, build_unet(TINY).get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_it_learns_four_balls_by_heart() -> None:
+    random = np.random.default_rng(0)
+    grid = np.moveaxis(np.indices((16, 16, 16)), 0, -1)
+    centres, radii = random.uniform(5, 11, (4, 3)), (3, 4, 5, 3.5)
+    mask = np.stack([np.linalg.norm(grid - c, axis=-1) <= r for c, r in zip(centres, radii, strict=True)])
+    image = np.where(mask, 0, -800) + random.normal(0, 60, mask.shape)
+    hu, target = tf.constant(image[..., None], tf.float32), tf.constant(mask[..., None], tf.uint8)
+    model, loss = build_unet(TINY), make_loss(LossConfig(name="dice_bce"))
+    optimizer = keras.optimizers.Adam(0.01)
+    optimizer.build(model.trainable_variables)
+
+    @tf.function
+    def step() -> None:
+        with tf.GradientTape() as tape:
+            value = tf.reduce_mean(loss(model(hu, training=True), target))
+        optimizer.apply(tape.gradient(value, model.trainable_variables), model.trainable_variables)
+
+    for _ in range(60):
+        step()
+    predicted = model(hu, training=False).numpy()[..., 0] > 0
+    assert 2 * (predicted & mask).sum() / (predicted.sum() + mask.sum()) > 0.9
+
+
+@pytest.mark.slow
+def test_the_exported_file_gives_the_networks_probabilities_in_another_process(tmp_path: Path) -> None:
+    networks = {}
+    for policy in ("float32", "mixed_bfloat16"):
+        keras.mixed_precision.set_dtype_policy(policy)
+        model = networks[policy] = build_unet(TINY)
+        for variable in model.trainable_variables:  # new biases are all alike: make each its own
+            variable.assign_add(np.random.default_rng(1).normal(0, 0.1, variable.shape).astype(np.float32))
+        (tmp_path / f"{policy}.keras").write_bytes(export_model(model, TINY))
+        assert keras.mixed_precision.dtype_policy().name == policy
+    np.save(tmp_path / "hu.npy", volume_hu())
+    # As a user would, who has lungseg installed for the one layer that is its own.
+    script = (
+        "import sys, keras, numpy as np, lungseg.model.unet\n"
+        "for name in sys.argv[1:]:\n"
+        "    np.save(name, keras.saving.load_model(name + '.keras')(np.load('hu.npy')))\n"
+    )
+    command = [sys.executable, "-c", script, *networks]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, timeout=120)
+    keras.mixed_precision.set_dtype_policy("float32")
+    for policy, model in networks.items():
+        same = build_unet(TINY)
+        same.set_weights(model.get_weights())
+        probability, expected = np.load(tmp_path / f"{policy}.npy"), tf.sigmoid(same(volume_hu())).numpy()
+        assert probability.dtype == np.float32
+        assert expected.std() > 1e-3
+        np.testing.assert_allclose(probability, expected, atol=1e-5)
