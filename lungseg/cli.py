@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import sys
+import tempfile
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from lungseg.errors import LungsegError
+from lungseg.errors import ConfigError, LungsegError
 
 if TYPE_CHECKING:
     from lungseg.config import Recipe
@@ -18,18 +21,25 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     help="Train, evaluate and use 3D lung-nodule segmentation, on a cluster or on this machine.",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-prepare_app = typer.Typer(help="Turn scans into training patches in the store.", no_args_is_help=True)
+prepare_app = typer.Typer(help="Turn scans into training patches in the store.")
 app.add_typer(prepare_app, name="prepare")
+
+
+def _name(text: str) -> str:
+    """A name is one part of a key in the store, and so of a path: no slash, no dot in front."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", text):
+        raise ConfigError("name-invalid", name=repr(text), remedy="use letters, digits, '.', '_' and '-'")
+    return text
+
 
 _STORE_HELP = "A folder or s3://bucket/prefix."
 StoreUri = Annotated[str, typer.Option("--store", envvar="LUNGSEG_STORE", help=_STORE_HELP)]
-DataName = Annotated[str, typer.Option("--data", help="Name of the data set in the store.")]
-RunName = Annotated[str, typer.Option("--run", help="Name of the run in the store.")]
+DataName = Annotated[str, typer.Option("--data", callback=_name, help="Name of the data set in the store.")]
+RunName = Annotated[str, typer.Option("--run", callback=_name, help="Name of the run in the store.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder for the results.")]
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="YAML file of settings.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="One setting: section.field=value.")]
@@ -37,21 +47,40 @@ STORE = "./lungseg-store"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command line; what a user can cure ends in one line on standard error and exit code 2."""
+    """Run one command line and exit: 0, 2 for what a user can cure, 130 after Ctrl-C, 1 for anything else.
+
+    Whatever fails ends in one line on standard error.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        code = app(arguments, standalone_mode=False)
+        code = app(given or ["--help"], prog_name="lungseg", standalone_mode=False)
     except (typer.Abort, KeyboardInterrupt):
-        _end("interrupted: what was committed is kept; the same command goes on from there", 130)
+        _end("interrupted: what was committed is kept; `lungseg train … --resume` goes on from there", 130)
     except typer.TyperException as error:
-        _end(f"{error.format_message()} Remedy: see `lungseg --help` or `lungseg VERB --help`", 2)
-    except LungsegError as error:
-        _end(str(error), 2)
+        context = getattr(error, "ctx", None)
+        verb = context.command_path if context else "lungseg"
+        _end(f"{error.format_message().rstrip('.')}. Remedy: see `{verb} --help`", 2)
+    except Exception as error:
+        ours = LungsegError.find_in(error)
+        _end(str(ours) if ours else _unexpected(error), 2 if ours else 1)
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _end(text: str, code: int) -> None:
+def _end(text: str, code: int) -> NoReturn:
     print("lungseg: " + " ".join(text.split()), file=sys.stderr)
     sys.exit(code)
+
+
+def _unexpected(error: Exception) -> str:
+    """One line for an error that is not ours; its traceback goes to a file that the line names."""
+    with tempfile.NamedTemporaryFile(
+        "w", prefix="lungseg-error-", suffix=".log", delete=False, encoding="utf-8"
+    ) as file:
+        traceback.print_exception(error, file=file)
+    said = str(error).strip().partition("\n")[0][:200]
+    return (
+        f"unexpected {type(error).__name__}: {said}. Remedy: read {file.name}, and report it with that file"
+    )
 
 
 def _recipe(file: Path | None, overrides: list[str] | None) -> Recipe:
@@ -63,7 +92,9 @@ def _recipe(file: Path | None, overrides: list[str] | None) -> Recipe:
 @app.command()
 def demo(
     out: Out = Path("lungseg-demo"),
-    store: Annotated[str | None, typer.Option("--store", help=_STORE_HELP + " Default: OUT/store.")] = None,
+    store: Annotated[
+        str | None, typer.Option("--store", envvar="LUNGSEG_STORE", help=_STORE_HELP + " Default: OUT/store.")
+    ] = None,
 ) -> None:
     """The whole way on synthetic scans: DICOM, patches, training, evaluation, a segmented scan."""
     from lungseg.demo import run_demo
@@ -75,7 +106,7 @@ def demo(
 def phantom(
     out: Out,
     scans: Annotated[int, typer.Option(min=1, help="How many scans.")] = 8,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same scans.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same scans.")] = 0,
 ) -> None:
     """Write synthetic chest CT as DICOM, with nodules painted from real LIDC contours."""
     from lungseg.data.phantom import write_phantom
@@ -142,7 +173,6 @@ def train(
     new: Annotated[bool, typer.Option("--new", help="Begin the run of this name anew.")] = False,
 ) -> None:
     """Train a network; checkpoints and the best model go to the store."""
-    from lungseg.errors import ConfigError
     from lungseg.storage import open_store
     from lungseg.train.launch import train as run_training
 
@@ -185,23 +215,28 @@ def evaluate(
 ) -> None:
     """Score the best checkpoint on whole held-out scans."""
     from lungseg.storage import open_store
-    from lungseg.telemetry import progress
+    from lungseg.telemetry import progress, quiet_tensorflow
     from lungseg.train.run import load_run_data
 
     opened = open_store(store)
     manifest = load_run_data(opened, run)
-    from lungseg.evaluate.split import evaluate_split
-    from lungseg.train.export import load_best
+    manifest.held_out(split)  # a wrong split is told before TensorFlow takes its seconds
+    with quiet_tensorflow():
+        from lungseg.evaluate.split import evaluate_split
+        from lungseg.train.export import load_best
 
+        best = load_best(opened, run)
     with progress("scans") as report:
-        result = evaluate_split(opened, manifest, load_best(opened, run), split, out, report)
+        result = evaluate_split(opened, manifest, best, split, out, report)
     print(result.text.read_text(encoding="utf-8"), end="")
     print(f"{result.text}\n{result.json}")
 
 
 @app.command()
 def predict(
-    inputs: Annotated[list[Path], typer.Argument(help="DICOM folders, NIfTI or NRRD files.")],
+    inputs: Annotated[
+        list[Path], typer.Argument(metavar="INPUT...", help="DICOM folders, NIfTI or NRRD files.")
+    ],
     run: RunName,
     out: Out,
     store: StoreUri = STORE,
@@ -209,17 +244,17 @@ def predict(
     """Segment scans: writes OUT/<case>/mask.nii.gz and nodules.json."""
     from lungseg.segment import predict as segmenting
     from lungseg.storage import open_store
-    from lungseg.telemetry import progress
-
-    names = segmenting.case_names(inputs)
+    from lungseg.telemetry import progress, quiet_tensorflow
     from lungseg.train.run import load_run
 
+    names = segmenting.case_names(inputs)
     opened = open_store(store)
     load_run(opened, run)
     first = segmenting.read_input(inputs[0])  # a wrong input is told before TensorFlow takes its seconds
-    from lungseg.train.export import load_best
+    with quiet_tensorflow():
+        from lungseg.train.export import load_best
 
-    best = load_best(opened, run)
+        best = load_best(opened, run)
     for number, (path, name) in enumerate(zip(inputs, names, strict=True)):
         volume = segmenting.read_input(path) if number else first
         with progress(name) as report:
@@ -254,7 +289,9 @@ def pull(run: RunName, out: Out, store: StoreUri = STORE) -> None:
 
 
 @app.command()
-def doctor(store: Annotated[str | None, typer.Option("--store", help=_STORE_HELP)] = None) -> None:
+def doctor(
+    store: Annotated[str | None, typer.Option("--store", envvar="LUNGSEG_STORE", help=_STORE_HELP)] = None,
+) -> None:
     """Check this machine, and a store, for what lungseg needs."""
     from lungseg.doctor import examine
 

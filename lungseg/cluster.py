@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import tempfile
 from typing import Any
 
+from lungseg.errors import ConfigError
 from lungseg.telemetry import log, relay
 
 # Read when Ray is imported. Under `uv run`, Ray would ship the working folder and build a second
@@ -15,33 +17,46 @@ os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+# Ctrl-C must end `lungseg tune` as it ends every verb, not make a result of what is there.
+os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
 
 _OBJECT_STORE_BYTES = 1 << 30
 
 
 def connect() -> Any:
     """Ray itself, initialised: with RAY_ADDRESS set (as in every `ray job submit`) on that cluster,
-    else on a fresh local one. Calling it again is free."""
+    else on a fresh local one. Calling it again is free.
+
+    Raises ConfigError("cluster-unreachable").
+    """
     import ray
 
     if ray.is_initialized():
         return ray
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(logging_level=logging.WARNING, log_to_driver=True)
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        try:
+            ray.init(logging_level=logging.WARNING, log_to_driver=True)
+        except (ConnectionError, TimeoutError) as error:
+            remedy = "start that Ray cluster, or unset RAY_ADDRESS to use this machine"
+            raise ConfigError("cluster-unreachable", RAY_ADDRESS=address, remedy=remedy) from error
         return ray
     # The workers' own output is a flood of TensorFlow's and Ray's notices; it stays in Ray's session
     # folder, and our log lines come here by a file of their own.
-    log("cluster")
+    log("cluster")  # our own logger is bound to standard error before the variable is set for the workers
     handle, path = tempfile.mkstemp(prefix="lungseg-", suffix=".log")
     os.close(handle)
+    atexit.register(relay(path))
     os.environ["LUNGSEG_LOG_FILE"] = path
-    relay(path)
-    ray.init(
-        address="local",
-        _node_ip_address="127.0.0.1",
-        include_dashboard=False,
-        object_store_memory=_OBJECT_STORE_BYTES,
-        logging_level=logging.ERROR,
-        log_to_driver=False,
-    )
+    try:
+        ray.init(
+            address="local",
+            _node_ip_address="127.0.0.1",
+            include_dashboard=False,
+            object_store_memory=_OBJECT_STORE_BYTES,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+        )
+    finally:
+        del os.environ["LUNGSEG_LOG_FILE"]
     return ray

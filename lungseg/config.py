@@ -20,18 +20,21 @@ Codec = Literal["raw", "lz4", "zstd"]
 LossName = Literal["dice", "bce", "dice_bce", "dice_focal", "focal", "tversky", "focal_tversky"]
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
-Shape = Annotated[tuple[int, int, int], Field(description="voxels (z, y, x)")]
+Side = Annotated[int, Field(ge=1, le=1024)]
+Shape = tuple[Side, Side, Side]
+Seed = Annotated[int, Field(ge=0, lt=1 << 32)]
+Width = Annotated[int, Field(ge=2)]
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 class LidcConfig(_Frozen):
     """The field's LIDC-IDRI protocol."""
 
     min_readers: int = Field(3, ge=1, le=4, description="readers who must have marked a nodule")
-    consensus: float = Field(0.5, gt=0, le=1, description="share of readers whose union makes the mask")
+    consensus: float = Field(0.5, gt=0, le=1, description="share of readers who must have outlined a voxel")
     min_diameter_mm: float = Field(3.0, ge=0, description="smaller nodules become ignore regions")
     max_slice_thickness_mm: float = Field(2.5, gt=0, description="thicker scans are excluded")
 
@@ -39,9 +42,9 @@ class LidcConfig(_Frozen):
 class SplitConfig(_Frozen):
     """Shares of the patients in each split; what remains is for training."""
 
-    val: Share = 0.15
-    test: Share = 0.15
-    seed: int = 0
+    val: Share = Field(0.15, description="patients that choose the best epoch")
+    test: Share = Field(0.15, description="patients that only `lungseg evaluate` sees")
+    seed: Seed = Field(0, description="another seed deals the patients out anew")
 
     @model_validator(mode="after")
     def _leaves_training(self) -> SplitConfig:
@@ -53,29 +56,29 @@ class SplitConfig(_Frozen):
 class PatchConfig(_Frozen):
     """Which patches are cut from a training or validation scan."""
 
-    shape_zyx: Shape = (64, 64, 64)
+    shape_zyx: Shape = Field((64, 64, 64), description="voxels (z, y, x), multiples of 2^(model.depth - 1)")
     positives_per_nodule: int = Field(4, ge=1, description="jittered patches around each nodule")
     jitter: Share = Field(0.6, description="largest offset of a nodule from the centre, as share of half")
     hard_negatives_per_scan: int = Field(8, ge=0, description="bright lung voxels away from nodules")
     lung_negatives_per_scan: int = Field(4, ge=0, description="random places in the lungs")
     outside_per_scan: int = Field(2, ge=0, description="random places in the body outside the lungs")
-    seed: int = 0
+    seed: Seed = Field(0, description="of the jitter and the choice of negatives")
 
 
 class ShardConfig(_Frozen):
     """How patches lie in object storage."""
 
-    target_mib: int = Field(128, ge=1, le=1024, description="bytes of one shard, before compression")
+    target_mib: int = Field(128, ge=1, le=1024, description="MiB of one shard, before compression")
     rows_per_batch: int = Field(2, ge=1, description="patches in a record batch, the unit of I/O")
-    codec: Codec = "lz4"
-    seed: int = 0
+    codec: Codec = Field("lz4", description="compression inside a record batch")
+    seed: Seed = Field(0, description="of the shuffle over all scans")
 
 
 class DataConfig(_Frozen):
-    spacing_mm: Annotated[tuple[Positive, Positive, Positive], Field(description="(z, y, x)")] = (
-        1.0,
-        1.0,
-        1.0,
+    """How scans become a data set."""
+
+    spacing_mm: tuple[Positive, Positive, Positive] = Field(
+        (1.0, 1.0, 1.0), description="(z, y, x); scans are resampled to it, also by `lungseg predict`"
     )
     lidc: LidcConfig = LidcConfig()
     split: SplitConfig = SplitConfig()
@@ -94,14 +97,15 @@ class StreamConfig(_Frozen):
 class ModelConfig(_Frozen):
     """A 3D U-Net."""
 
-    width: int = Field(16, ge=2, description="channels of the first level; doubles at each level")
-    max_width: int = Field(320, ge=2)
+    width: Width = Field(16, description="channels of the first level; doubles at each level")
+    max_width: Width = Field(320, description="no level has more channels")
     depth: int = Field(4, ge=2, le=7, description="resolution levels")
-    norm: Literal["instance", "group", "batch", "none"] = "instance"
-    dropout: float = Field(0.0, ge=0, lt=1)
-    hu_window: Annotated[tuple[float, float], Field(description="HU mapped to -1 and 1, clipped beyond")] = (
-        -1000.0,
-        400.0,
+    norm: Literal["instance", "group", "batch", "none"] = Field(
+        "instance", description='"batch" keeps statistics that differ between replicas'
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="share of channels dropped while training")
+    hu_window: tuple[float, float] = Field(
+        (-1000.0, 400.0), description="HU mapped to -1 and 1, clipped beyond"
     )
 
     @property
@@ -117,16 +121,20 @@ class ModelConfig(_Frozen):
 
 
 class LossConfig(_Frozen):
-    name: LossName = "dice_bce"
-    focal_gamma: float = Field(2.0, ge=0)
+    """What training makes small."""
+
+    name: LossName = Field("dice_bce", description="names with _ add two losses, but focal_tversky is one")
+    focal_gamma: float = Field(2.0, ge=0, description="how little easy voxels count in focal losses")
     tversky_alpha: Share = Field(0.3, description="weight of false positives; misses weigh 1 - alpha")
-    reduction: Literal["sample", "batch"] = "batch"
+    reduction: Literal["sample", "batch"] = Field(
+        "batch", description="Dice and Tversky of each patch, or of all patches as one volume"
+    )
 
 
 class AugmentConfig(_Frozen):
     """Seeded, in-graph, on whole batches."""
 
-    flips: bool = True
+    flips: bool = Field(True, description="mirroring along each axis")
     turns: bool = Field(True, description="90-degree turns in the axial plane")
     noise_hu: float = Field(20.0, ge=0, description="largest standard deviation of added noise")
     brightness_hu: float = Field(30.0, ge=0, description="largest shift")
@@ -134,35 +142,43 @@ class AugmentConfig(_Frozen):
 
 
 class OptimizerConfig(_Frozen):
-    name: Literal["adamw", "sgd"] = "adamw"
-    learning_rate: float = Field(1e-3, gt=0)
+    """How weights are updated."""
+
+    name: Literal["adamw", "sgd"] = Field("adamw", description="SGD is Nesterov's")
+    learning_rate: Positive = Field(1e-3, description="after the warm-up")
     weight_decay: float = Field(1e-5, ge=0, description="decoupled")
-    warmup_steps: int = Field(50, ge=0)
-    schedule: Literal["constant", "cosine"] = "cosine"
+    warmup_steps: int = Field(50, ge=0, description="steps in which the learning rate rises from 0")
+    schedule: Literal["constant", "cosine"] = Field("cosine", description="after the warm-up")
     clip_norm: float = Field(12.0, gt=0, description="global gradient norm")
     momentum: float = Field(0.99, ge=0, lt=1, description="of SGD, Nesterov")
 
 
 class CheckpointConfig(_Frozen):
-    every_epochs: int = Field(1, ge=1)
-    keep_latest: int = Field(2, ge=1)
-    keep_best: int = Field(1, ge=1)
+    """What is committed to the store, and what is kept of it."""
+
+    every_epochs: int = Field(1, ge=1, description="a new best and the last epoch are always committed")
+    keep_latest: int = Field(2, ge=1, description="newest checkpoints of an attempt that are kept")
+    keep_best: int = Field(1, ge=1, description="checkpoints of highest val Dice that are kept besides")
 
 
 class TrainConfig(_Frozen):
-    epochs: int = Field(100, ge=1)
+    """The run itself."""
+
+    epochs: int = Field(100, ge=1, description="the learning-rate schedule ends with the last")
     steps_per_epoch: int | None = Field(None, ge=1, description="default: once over the training patches")
     max_minutes: float | None = Field(None, gt=0, description="ends the run after the epoch then running")
     global_batch: int = Field(4, ge=1, description="patches of one step over all replicas")
     workers: int = Field(1, ge=1, description="Ray Train workers, one a node")
     cpus_per_worker: int | None = Field(None, ge=1, description="default: all cores of the smallest node")
-    gpus_per_worker: int = Field(0, ge=0)
+    gpus_per_worker: int = Field(0, ge=0, description="all GPUs of a node; 0 trains on CPU")
     logical_cpu_devices: int = Field(1, ge=1, description="replicas of one CPU worker, to try out mirroring")
-    precision: Literal["auto", "float32", "mixed_bfloat16"] = "auto"
-    seed: int = 0
+    precision: Literal["auto", "float32", "mixed_bfloat16"] = Field(
+        "auto", description="auto: mixed_bfloat16 where the hardware multiplies bfloat16"
+    )
+    seed: Seed = Field(0, description="of the weights, the order of patches and the augmentation")
     patience_epochs: int = Field(20, ge=1, description="early stopping: epochs without a better val Dice")
     max_failures: int = Field(3, ge=0, description="worker deaths that are survived by restarting the group")
-    log_every_steps: int = Field(10, ge=1)
+    log_every_steps: int = Field(10, ge=1, description="each log line waits for the device")
 
     @model_validator(mode="after")
     def _batch_divides(self) -> TrainConfig:
@@ -175,10 +191,10 @@ class TrainConfig(_Frozen):
 class SegmentConfig(_Frozen):
     """From probabilities to nodules."""
 
-    window_zyx: Shape = (96, 96, 96)
-    overlap: float = Field(0.25, ge=0, lt=1)
+    window_zyx: Shape = Field((96, 96, 96), description="voxels (z, y, x) that are predicted at once")
+    overlap: float = Field(0.25, ge=0, lt=1, description="share of a window's side that its neighbour covers")
     batch: int = Field(1, ge=1, description="windows predicted at once")
-    threshold: float = Field(0.5, gt=0, lt=1)
+    threshold: float = Field(0.5, gt=0, lt=1, description="probability from which a voxel is nodule")
     min_volume_mm3: float = Field(14.0, ge=0, description="smaller components go; a 3 mm ball has 14.1 mm3")
     lungs_only: bool = Field(True, description="skip windows without lung, drop components outside it")
 
@@ -186,12 +202,20 @@ class SegmentConfig(_Frozen):
 class TuneConfig(_Frozen):
     """The search space of `lungseg tune`: lists are choices, pairs of floats log-uniform bounds."""
 
-    learning_rate: tuple[Positive, Positive] = (1e-4, 1e-2)
-    loss: tuple[LossName, ...] = ("dice", "dice_bce", "dice_focal")
-    width: tuple[int, ...] = (8, 16)
+    learning_rate: tuple[Positive, Positive] = Field((1e-4, 1e-2), description="lowest and highest")
+    loss: tuple[LossName, ...] = Field(
+        ("dice", "dice_bce", "dice_focal"), min_length=1, description="choices"
+    )
+    width: tuple[Width, ...] = Field((8, 16), min_length=1, description="choices for model.width")
     grace_epochs: int = Field(2, ge=1, description="ASHA stops no trial before")
-    reduction_factor: int = Field(3, ge=2)
+    reduction_factor: int = Field(3, ge=2, description="ASHA goes on with one trial in so many")
     concurrent_trials: int | None = Field(None, ge=1, description="default: what the cluster can place")
+
+    @model_validator(mode="after")
+    def _range_is_open(self) -> TuneConfig:
+        if self.learning_rate[0] >= self.learning_rate[1]:
+            raise ValueError("learning_rate must rise: the first value is the lowest")
+        return self
 
 
 class Recipe(_Frozen):
@@ -244,8 +268,9 @@ def parse_recipe(tree: dict[str, Any]) -> Recipe:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(field, field_names(), n=1, cutoff=0)
-            raise ConfigError("field-unknown", field=field, remedy=f"did you mean {near[0]}?") from None
+            raise ConfigError(
+                "field-unknown", field=field, remedy=f"did you mean {_nearest(field)}?"
+            ) from None
         # pydantic says "Value error, …" for our own validators.
         detail = first["msg"].removeprefix("Value error, ")
         raise ConfigError(
@@ -267,6 +292,13 @@ def field_names(model: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
     return names
 
 
+def _nearest(field: str) -> str:
+    """The fields of the same last name, which stand in another section, or else the one most alike."""
+    names = field_names()
+    same = [name for name in names if name.rpartition(".")[2] == field.rpartition(".")[2]]
+    return " or ".join(same or difflib.get_close_matches(field, names, n=1, cutoff=0))
+
+
 def _apply(tree: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key.strip():
@@ -280,15 +312,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
             )
         tree = child
     try:
-        value = yaml.safe_load(text)
+        tree[last] = yaml.safe_load(text)  # YAML 1.1 reads 1e-3 as text, which pydantic makes a number
     except yaml.YAMLError as error:
         raise ConfigError(
             "override-syntax", override=override, remedy="the value must be valid YAML"
         ) from error
-    # YAML 1.1 reads 1e-3 as text; people write learning rates that way.
-    if isinstance(value, str):
-        try:
-            value = float(value)
-        except ValueError:
-            pass
-    tree[last] = value

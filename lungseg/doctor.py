@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from lungseg.errors import LungsegError
+from lungseg.telemetry import quiet_tensorflow
 
 _GIB = 1 << 30
 
@@ -55,19 +56,22 @@ def _libraries() -> Finding:
     found, missing = [], []
     for name in ("numpy", "pyarrow", "SimpleITK", "pydicom", "cc3d", "keras", "ray"):
         try:
-            found.append(f"{name} {getattr(importlib.import_module(name), '__version__', '')}".strip())
+            with quiet_tensorflow():  # Keras imports it
+                found.append(f"{name} {getattr(importlib.import_module(name), '__version__', '')}".strip())
         except ImportError as error:
             missing.append(f"{name} ({error})")
     return Finding("libraries", not missing, ", ".join(found + missing), "install with `uv sync`")
 
 
 def _devices() -> Finding:
-    import tensorflow as tf
-
     from lungseg.config import TrainConfig
-    from lungseg.train.strategy import choose_precision
 
-    gpus = len(tf.config.list_physical_devices("GPU"))
+    with quiet_tensorflow():
+        import tensorflow as tf
+
+        from lungseg.train.strategy import choose_precision
+
+        gpus = len(tf.config.list_physical_devices("GPU"))
     precision = choose_precision(TrainConfig(gpus_per_worker=gpus, global_batch=max(4, gpus)))
     return Finding("devices", True, f"TensorFlow {tf.__version__}, {gpus} GPUs, precision {precision}")
 

@@ -42,7 +42,7 @@ class LungsegError(Exception):
                 return one  # and not Ray's hybrid of its own error and ours
             workers = getattr(one, "worker_failures", None) or {}
             wrapped = [getattr(one, name, None) for name in ("cause", "controller_failure")]
-            todo += [one.__cause__, one.__context__, *wrapped, *workers.values()]
+            todo += [one.__cause__, *wrapped, *workers.values()]
         return None
 
 

@@ -8,12 +8,15 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from prometheus_client import Counter, Gauge, Histogram
+
+from lungseg.errors import LungsegError
 
 LABELS = ("run", "trial", "rank")
 STEP_SECONDS = Histogram("lungseg_step_seconds", "One training step, all replicas", LABELS)
@@ -39,20 +42,58 @@ def log(name: str) -> logging.Logger:
     return root.getChild(name.removeprefix("lungseg."))
 
 
-def relay(path: str) -> None:
-    """Copy what is appended to a log file to standard error, from a daemon thread, as long as we live."""
+def relay(path: str) -> Callable[[], None]:
+    """Copy what is appended to a log file to standard error, from a daemon thread.
+
+    Returns the function that ends this: it copies the rest and removes the file.
+    """
+    ended = threading.Event()
 
     def follow() -> None:
         with open(path, encoding="utf-8", errors="replace") as file:
-            while True:
-                line = file.readline()
-                if line:
-                    sys.stderr.write(line)
-                else:
-                    sys.stderr.flush()
-                    time.sleep(0.2)
+            last = False
+            while not last:
+                last = ended.wait(0.2)  # asked before reading, so that nothing written till then is lost
+                sys.stderr.write(file.read())
+                sys.stderr.flush()
 
-    threading.Thread(target=follow, name="lungseg-log-relay", daemon=True).start()
+    thread = threading.Thread(target=follow, name="lungseg-log-relay", daemon=True)
+    thread.start()
+
+    def end() -> None:
+        ended.set()
+        thread.join(timeout=5)
+        os.unlink(path)
+
+    return end
+
+
+@contextmanager
+def quiet_tensorflow() -> Iterator[None]:
+    """For the import of TensorFlow and its first look for devices.
+
+    Its C++ then writes notices about CPU features and absent GPUs to file descriptor 2, below any logger
+    and before any log level counts. They are dropped, unless the block fails for a reason that is not ours.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    sys.stderr.flush()
+    terminal = os.dup(2)
+    with tempfile.TemporaryFile() as notices:
+        os.dup2(notices.fileno(), 2)
+        shown = b""
+        try:
+            yield
+        except LungsegError:
+            raise
+        except Exception:
+            sys.stderr.flush()
+            notices.seek(0)
+            shown = notices.read()
+            raise
+        finally:
+            os.dup2(terminal, 2)
+            os.close(terminal)
+            os.write(2, shown)
 
 
 @contextmanager

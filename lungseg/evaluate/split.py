@@ -12,7 +12,6 @@ import numpy as np
 from lungseg.data.lungs import lung_mask
 from lungseg.data.shards import Manifest
 from lungseg.data.volumes import read_volume
-from lungseg.errors import DataError
 from lungseg.evaluate.protocol import CaseResult, evaluate_case, summarise, threshold_baseline, write_report
 from lungseg.segment.sliding import predict_volume
 from lungseg.storage import Store
@@ -37,10 +36,7 @@ def evaluate_split(
 
     Raises DataError("split-empty") if the data set keeps no whole scans of that split.
     """
-    entries = manifest.volumes.get(split, ())
-    if not entries:
-        kept = ", ".join(name for name, found in manifest.volumes.items() if found) or "none"
-        raise DataError("split-empty", data=manifest.name, split=split, remedy=f"splits with scans: {kept}")
+    entries = manifest.held_out(split)
     config = best.recipe.segment
     methods: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
         "model": lambda hu, lungs: predict_volume(

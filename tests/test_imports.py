@@ -1,0 +1,130 @@
+"""Who may import whom: the rooms of the design, read from the source."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from servers import ROOT
+
+PACKAGE = ROOT / "lungseg"
+FILES = sorted(PACKAGE.rglob("*.py"))
+# A room may import itself and every room before it; `cluster` is how Ray is reached.
+ROOMS = ["errors", "config", "storage", "telemetry", "cluster", "data", "model", "train", "tune"]
+ROOMS += ["segment", "evaluate", "demo", "doctor", "cli"]
+FORBIDDEN = {("segment", "train"), ("segment", "tune"), ("storage", "telemetry")}
+
+
+def module_of(file: Path) -> str:
+    return ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def room_of(module: str) -> str:
+    return module.split(".")[1] if "." in module else "lungseg"
+
+
+def imports(file: Path) -> Iterator[tuple[str, bool]]:
+    """(module, whether at module level) of every import, those inside functions too."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    inner = {
+        id(node)
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef | ast.Lambda)
+        for node in ast.walk(function)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, id(node) not in inner) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"relative import in {file}"
+            assert node.module is not None
+            for alias in node.names:
+                yield f"{node.module}.{alias.name}", id(node) not in inner
+
+
+GRAPH = {file: list(imports(file)) for file in FILES}
+
+
+def users(*packages: str, module_level: bool = False) -> set[str]:
+    """Our modules that import one of the packages."""
+    prefixes = tuple(f"{package}." for package in packages)
+    return {
+        module_of(file)
+        for file, found in GRAPH.items()
+        for name, top in found
+        if f"{name}.".startswith(prefixes) and (top or not module_level)
+    }
+
+
+@pytest.mark.parametrize("file", FILES, ids=module_of)
+def test_imports_point_one_way(file: Path) -> None:
+    here = room_of(module_of(file))
+    for name, _ in GRAPH[file]:
+        there = room_of(name)
+        if not name.startswith("lungseg.") or there in (here, "__version__"):
+            continue
+        assert ROOMS.index(there) < ROOMS.index(here), f"{module_of(file)} imports {name}"
+        assert (here, there) not in FORBIDDEN, f"{module_of(file)} imports {name}"
+
+
+def test_every_module_has_its_room() -> None:
+    assert {room_of(module_of(file)) for file in FILES} == {"lungseg", *ROOMS}
+
+
+def test_errors_import_nothing_of_ours_and_config_only_errors() -> None:
+    for room, allowed in (("errors", set()), ("config", {"errors"}), ("storage", {"errors", "config"})):
+        found = GRAPH[PACKAGE / f"{room}.py"]
+        assert {room_of(name) for name, _ in found if name.startswith("lungseg.")} <= allowed
+
+
+def test_only_storage_speaks_to_object_stores() -> None:
+    assert users("boto3", "botocore", "pyarrow.fs", "s3fs", "fsspec") == {"lungseg.storage"}
+
+
+def test_only_a_few_modules_know_ray() -> None:
+    allowed = {"lungseg.cluster", "lungseg.data.prepare", "lungseg.train.launch", "lungseg.tune"}
+    assert users("ray") <= allowed
+    assert users("ray", module_level=True) == set()
+
+
+def test_tensorflow_is_imported_at_the_head_of_model_and_train_only() -> None:
+    heads = users("tensorflow", "keras", module_level=True)
+    training = {f"lungseg.train.{name}" for name in ("strategy", "step", "loop", "export")}
+    assert {name for name in heads if room_of(name) != "model"} <= training
+
+
+def test_nothing_needs_pylidc_or_the_screen_at_import() -> None:
+    assert users("pylidc", "matplotlib", "typer.testing", module_level=True) == set()
+
+
+@pytest.mark.parametrize("file", FILES, ids=module_of)
+def test_keras_is_never_reached_through_tensorflow_and_numpy_is_left_alone(file: Path) -> None:
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Attribute) or not isinstance(node.value, ast.Name):
+            continue
+        name = f"{node.value.id}.{node.attr}"
+        assert name not in ("tf.keras", "tf.losses", "tf.optimizers", "tf.metrics")
+        assert not (node.value.id == "np" and isinstance(node.ctx, ast.Store)), f"sets {name}"
+
+
+@pytest.mark.parametrize("file", FILES, ids=module_of)
+def test_files_and_functions_are_short(file: Path) -> None:
+    text = file.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 350 or file.name == "storage.py"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno is not None
+            assert node.end_lineno - node.lineno < 60, node.name
+
+
+def test_the_top_level_holds_nothing_else() -> None:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a git checkout: the tracked files are not known")
+    top = {name.partition("/")[0] for name in listed.stdout.splitlines()}
+    rooms = {"lungseg", "deploy", "helm", "jobs", "tests"}
+    files = {"Dockerfile", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md"}
+    assert {name for name in top if not name.startswith(".")} <= rooms | files
