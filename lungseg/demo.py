@@ -28,13 +28,17 @@ def demo_recipe() -> Recipe:
     return parse_recipe(
         {
             "data": {
-                "patch": {"shape_zyx": [48, 48, 48], "hard_negatives_per_scan": 10},
+                "patch": {
+                    "shape_zyx": [48, 48, 48],
+                    "positives_per_nodule": 12,
+                    "hard_negatives_per_scan": 16,
+                },
                 "split": {"val": 0.17, "test": 0.17},
                 "shard": {"target_mib": 16},
             },
             "model": {"width": 8, "depth": 4},
             "train": {"epochs": 10, "steps_per_epoch": 40, "global_batch": 4, "patience_epochs": 10},
-            "optimizer": {"learning_rate": 3e-3, "warmup_steps": 20},
+            "optimizer": {"learning_rate": 2e-3, "warmup_steps": 20},
             "segment": {"window_zyx": [96, 96, 96]},
         }
     )
