@@ -18,11 +18,13 @@ from safetensors.numpy import load as safetensors_load
 from safetensors.numpy import save as safetensors_save
 
 from lungseg.config import CheckpointConfig
-from lungseg.errors import LungsegError, RunError, StorageError
+from lungseg.errors import LungsegError, RunError
 from lungseg.storage import Store, to_json
 from lungseg.telemetry import log
 
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
+UNUSABLE = ("checkpoint-corrupt", "object-missing", "object-corrupt", "object-truncated")
+"""Codes of errors that speak against one checkpoint, and not against the store."""
 _log = log("checkpoint")
 
 
@@ -82,9 +84,9 @@ class Checkpoints:
         for file, data in files.items():
             self.store.put(self._key(name, file), data)
         entries = {f: {"bytes": len(d), "sha256": hashlib.sha256(d).hexdigest()} for f, d in files.items()}
-        val_dice = state.metrics["val_dice"]
-        manifest = {"attempt": state.attempt, "val_dice": val_dice, "files": entries}
-        if not self.store.put_if_absent(self._key(name, "manifest.json"), to_json(manifest)):
+        body = {"attempt": state.attempt, "val_dice": state.metrics["val_dice"], "files": entries}
+        manifest = to_json({**body, "sha256": _digest(body)})
+        if not self.store.put_if_absent(self._key(name, "manifest.json"), manifest):
             raise RunError("checkpoint-exists", checkpoint=name, remedy="start the run again with --resume")
         return name
 
@@ -96,27 +98,31 @@ class Checkpoints:
         entries = []
         for name in sorted(names, reverse=True):
             try:
-                manifest = self.store.get_json(self._key(name, "manifest.json"))
-                entries.append(Entry(name, manifest["attempt"], manifest["val_dice"]))
-            except StorageError as error:
-                if error.code not in ("object-missing", "object-corrupt"):
+                manifest = self._manifest(name)
+            except LungsegError as error:
+                if error.code not in UNUSABLE:
                     raise
                 _log.warning("checkpoint %s has no readable manifest: %s", name, error)
+            else:
+                entries.append(Entry(name, manifest["attempt"], manifest["val_dice"]))
         return [entry for entry in entries if entry.attempt == attempt]
 
     def read(self, name: str, *, with_optimizer: bool = True) -> Checkpoint:
-        """Raises RunError("checkpoint-corrupt") if a byte differs from what was committed."""
-        manifest = self.store.get_json(self._key(name, "manifest.json"))
-        wanted = manifest["files"] if with_optimizer else {f: manifest["files"][f] for f in (WEIGHTS, STATE)}
-        files = {}
-        for file, entry in wanted.items():
-            files[file] = self.store.get(self._key(name, file))
-            if hashlib.sha256(files[file]).hexdigest() != entry["sha256"]:
-                remedy = "use an older checkpoint: --resume takes the newest that verifies"
-                raise RunError("checkpoint-corrupt", checkpoint=name, file=file, remedy=remedy)
+        """Raises what `files` raises."""
+        files = self.files(name, (WEIGHTS, OPTIMIZER, STATE) if with_optimizer else (WEIGHTS, STATE))
         state = TrainState(**json.loads(files[STATE]))
         optimizer = safetensors_load(files[OPTIMIZER]) if with_optimizer else {}
         return Checkpoint(name, state, safetensors_load(files[WEIGHTS]), optimizer)
+
+    def files(self, name: str, wanted: Sequence[str]) -> dict[str, bytes]:
+        """Raises RunError("checkpoint-corrupt") if a byte differs from what was committed, and
+        StorageError("object-missing" or "object-corrupt")."""
+        entries, files = self._manifest(name)["files"], {}
+        for file in wanted:
+            files[file] = self.store.get(self._key(name, file))
+            if hashlib.sha256(files[file]).hexdigest() != entries[file]["sha256"]:
+                raise _corrupt(name, file)
+        return files
 
     def newest(self, attempt: str) -> Checkpoint | None:
         """The newest checkpoint of this attempt that verifies; broken ones are named in the log."""
@@ -124,7 +130,7 @@ class Checkpoints:
             try:
                 return self.read(entry.name)
             except LungsegError as error:
-                if error.code not in ("checkpoint-corrupt", "object-missing", "object-corrupt"):
+                if error.code not in UNUSABLE:
                     raise
                 _log.warning("checkpoint %s is not usable, trying the one before: %s", entry.name, error)
         return None
@@ -159,13 +165,25 @@ class Checkpoints:
         }
         self.store.put_json(f"{self.root}/best.json", pointer)
 
-    def read_best(self) -> Checkpoint:
-        """The best checkpoint, without its optimiser. Raises RunError("no-checkpoint")."""
+    def require_best(self) -> dict[str, Any]:
+        """As `best`. Raises RunError("no-checkpoint") before the first."""
         pointer = self.best()
         if pointer is None:
             remedy = "let the run finish an epoch first"
             raise RunError("no-checkpoint", store=self.store.uri, run=self.root, remedy=remedy)
-        return self.read(pointer["checkpoint"], with_optimizer=False)
+        return pointer
+
+    def read_best(self) -> Checkpoint:
+        """The best checkpoint, without its optimiser. Raises RunError("no-checkpoint")."""
+        return self.read(self.require_best()["checkpoint"], with_optimizer=False)
+
+    def _manifest(self, name: str) -> dict[str, Any]:
+        """A checkpoint's manifest, which carries its own digest: a flipped bit in it is no other score."""
+        manifest = self.store.get_json(self._key(name, "manifest.json"))
+        body = {key: value for key, value in manifest.items() if key != "sha256"}
+        if manifest.get("sha256") != _digest(body):
+            raise _corrupt(name, "manifest.json")
+        return body
 
     def _key(self, name: str, file: str) -> str:
         return f"{self.root}/checkpoints/{name}/{file}"
@@ -180,6 +198,15 @@ def to_delete(entries: Sequence[Entry], config: CheckpointConfig, pinned: Iterab
     ranked = [e.name for e in sorted(entries, key=lambda e: (e.val_dice, e.name))]
     keep = {*names[-config.keep_latest :], *ranked[-config.keep_best :], *pinned}
     return [name for name in names if name not in keep]
+
+
+def _digest(body: dict[str, Any]) -> str:
+    return hashlib.sha256(to_json(body)).hexdigest()
+
+
+def _corrupt(name: str, file: str) -> RunError:
+    remedy = "use an older checkpoint: --resume takes the newest that verifies"
+    return RunError("checkpoint-corrupt", checkpoint=name, file=file, remedy=remedy)
 
 
 def arrays(variables: Iterable[Any]) -> dict[str, np.ndarray]:

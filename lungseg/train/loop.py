@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from lungseg.config import Recipe
@@ -114,6 +115,9 @@ def _restore(job: Job, session: Session, checkpoints: Checkpoints, stepper: Step
     found = found or checkpoints.read(name)
     assign(stepper.model.weights, found.weights, name)
     assign(stepper.optimizer.variables, found.optimizer, name)
+    if session.rank == 0:
+        # Whoever was killed between committing its best checkpoint and publishing it left this undone.
+        _publish(job, checkpoints, stepper, found.state, name)
     return replace(found.state, recipe=job.recipe.model_dump(mode="json"))
 
 
@@ -139,8 +143,7 @@ def _epoch(
         if number % every == 0 or number == steps:
             recent = float(losses[-1])
             if not math.isfinite(recent):
-                remedy = "lower optimizer.learning_rate or optimizer.clip_norm, then --resume"
-                raise RunError("loss-not-finite", run=job.root, epoch=epoch, step=number, remedy=remedy)
+                raise _diverged(job, epoch + 1, number)
             if session.rank == 0:
                 pace = (time.monotonic() - began) / number
                 _log.info(
@@ -174,28 +177,40 @@ def _advance(state: TrainState, steps: int, metrics: dict[str, float]) -> TrainS
 
 def _write(job: Job, checkpoints: Checkpoints, stepper: Stepper, state: TrainState) -> None:
     """Rank 0 after an epoch: the metrics line, the checkpoint, the best pointer, then retention."""
-    val_dice = state.metrics["val_dice"]
+    val_dice, better = state.metrics["val_dice"], False
     VAL_DICE.labels(job.root, "", "0").set(val_dice)
+    weights, optimizer = arrays(stepper.model.weights), arrays(stepper.optimizer.variables)
+    if not all(np.isfinite(array).all() for array in weights.values()):
+        raise _diverged(job, state.epoch, state.step)  # a resume from such weights would be stuck for ever
     _append_metrics(job, state)
-    best = checkpoints.best()
-    better = best is None or val_dice > best["val_dice"]
     last = state.epoch == job.recipe.train.epochs or _enough(state, job.recipe)
-    if better or last or state.epoch % job.recipe.checkpoint.every_epochs == 0:
-        weights, optimizer = arrays(stepper.model.weights), arrays(stepper.optimizer.variables)
+    due = last or state.epoch % job.recipe.checkpoint.every_epochs == 0
+    if due or _beats(val_dice, checkpoints.best()):
         name = checkpoints.commit(state, weights, optimizer)
-        if better:
-            checkpoints.publish_best(name, state, export_model(stepper.model, job.recipe.model))
+        better = _publish(job, checkpoints, stepper, state, name)
         checkpoints.retain(job.attempt, job.recipe.checkpoint)
-    seconds = state.metrics["train_seconds"]
-    note = " (best)" if better else ""
     _log.info(
         "epoch %d: loss %.4f, val Dice %.4f%s, %.0f s",
-        state.epoch,
-        state.metrics["loss"],
-        val_dice,
-        note,
-        seconds,
-    )
+        state.epoch, state.metrics["loss"], val_dice, " (best)" if better else "",
+        state.metrics["train_seconds"],
+    )  # fmt: skip
+
+
+def _publish(job: Job, checkpoints: Checkpoints, stepper: Stepper, state: TrainState, name: str) -> bool:
+    """Make a committed checkpoint the best of the run if it is, and say whether."""
+    better = _beats(state.metrics["val_dice"], checkpoints.best())
+    if better:
+        checkpoints.publish_best(name, state, export_model(stepper.model, job.recipe.model))
+    return better
+
+
+def _beats(val_dice: float, best: dict[str, Any] | None) -> bool:
+    return best is None or val_dice > best["val_dice"]
+
+
+def _diverged(job: Job, epoch: int, step: int) -> RunError:
+    remedy = "lower optimizer.learning_rate or optimizer.clip_norm, then --resume"
+    return RunError("loss-not-finite", run=job.root, epoch=epoch, step=step, remedy=remedy)
 
 
 def _append_metrics(job: Job, state: TrainState) -> None:

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lungseg.config import Recipe, parse_recipe
+from lungseg.data.order import steps_per_pass
 from lungseg.data.shards import Manifest, load_manifest
-from lungseg.errors import DataError, RunError, StorageError
+from lungseg.errors import ConfigError, DataError, RunError, StorageError
 from lungseg.storage import FolderStore, Store, to_json
-from lungseg.train.checkpoint import WEIGHTS, Checkpoints
+from lungseg.train.checkpoint import STATE, WEIGHTS, Checkpoints
 
 Mode = Literal["fresh", "resume", "new"]
 Kind = Literal["train", "tune"]
@@ -49,9 +50,11 @@ def open_run(
     """Claim a name ("fresh"), continue it ("resume", which starts it if need be) or begin it anew ("new",
     which keeps older checkpoints and the best over all attempts).
 
-    Raises RunError("run-exists") for "fresh" on a taken name; RunError("run-differs") for "resume" with
-    another network or other data, since the checkpoint would not fit.
+    Raises what `check_fit` raises; RunError("run-exists") for "fresh" on a taken name;
+    RunError("run-differs") for "resume" with another network or other data, since the checkpoint would
+    not fit.
     """
+    check_fit(manifest, recipe)
     key = f"{run_root(name)}/run.json"
     now = datetime.now(UTC)
     run = Run(
@@ -67,8 +70,7 @@ def open_run(
     if store.put_if_absent(key, to_json(asdict(run))):
         return run
     if mode == "fresh":
-        remedy = "continue it with --resume, begin it anew with --new, or choose another --run name"
-        raise RunError("run-exists", run=name, store=store.uri, remedy=remedy)
+        raise _taken(store, name)
     if mode == "resume":
         old = load_run(store, name)
         same = (old.kind, old.manifest_sha256, old.recipe["model"]) == (
@@ -80,6 +82,37 @@ def open_run(
         run = Run(**{**asdict(run), "attempt": old.attempt, "created": old.created})
     store.put(key, to_json(asdict(run)))
     return run
+
+
+def check_fit(manifest: Manifest, recipe: Recipe) -> None:
+    """Raises DataError("too-few-patches", "no-validation") or ConfigError("patch-shape") where a data set
+    and a recipe cannot train together."""
+    steps_per_pass(manifest.rows("train"), recipe.train.global_batch)
+    if not manifest.rows("val"):
+        remedy = "prepare data of more patients, or with data.split.val above 0"
+        raise DataError("no-validation", data=manifest.name, remedy=remedy)
+    sides, stride = manifest.patch_shape_zyx, recipe.model.total_stride
+    if any(side % stride for side in sides):
+        message, remedy = f"no multiple of {stride} voxels", "lower model.depth, or prepare other patches"
+    elif recipe.augment.turns and sides[1] != sides[2]:
+        message, remedy = "turns need square slices", "set augment.turns=false"
+    else:
+        return
+    raise ConfigError("patch-shape", patch_shape_zyx=sides, message=message, remedy=remedy)
+
+
+def refuse_taken(store: Store, name: str, mode: Mode) -> None:
+    """What `open_run` would refuse, told without claiming the name: before Ray takes its seconds.
+
+    Raises RunError("run-exists").
+    """
+    if mode == "fresh" and store.exists(f"{run_root(name)}/run.json"):
+        raise _taken(store, name)
+
+
+def _taken(store: Store, name: str) -> RunError:
+    remedy = "continue it with --resume, begin it anew with --new, or choose another --run name"
+    return RunError("run-exists", run=name, store=store.uri, remedy=remedy)
 
 
 def load_run(store: Store, name: str) -> Run:
@@ -119,16 +152,15 @@ def pull_best(store: Store, name: str, out: Path) -> dict[str, Any]:
     """
     run = load_run(store, name)
     checkpoints = Checkpoints(store, run_root(name))
-    found = checkpoints.read_best()
-    pointer = checkpoints.best() or {}
+    pointer = checkpoints.require_best()
+    committed = checkpoints.files(pointer["checkpoint"], (WEIGHTS, STATE))
     model = store.get(f"{run_root(name)}/best/model.keras")
-    if hashlib.sha256(model).hexdigest() != pointer.get("model_sha256"):
-        remedy = "train on with --resume, which writes it again at the next best epoch"
+    if hashlib.sha256(model).hexdigest() != pointer["model_sha256"]:
+        remedy = "a training run may be writing it: pull again; else --resume, which writes the next best"
         raise RunError("checkpoint-corrupt", run=name, file="best/model.keras", remedy=remedy)
     files = {
         "model.keras": model,
-        WEIGHTS: store.get(f"{run_root(name)}/checkpoints/{found.name}/{WEIGHTS}"),
-        "state.json": to_json(asdict(found.state)),
+        **committed,
         "run.json": to_json(asdict(run)),
         "best.json": to_json(pointer),
     }

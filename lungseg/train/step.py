@@ -125,12 +125,12 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> keras.optimizer
             warmup_target=rate if warmup else None,
             warmup_steps=warmup,
         )
+    # Named, since checkpoints hold variables by path, and Keras numbers the names that it gives itself.
+    common: dict[str, Any] = {"weight_decay": config.weight_decay, "name": "optimizer"}
     if config.name == "adamw":
-        optimizer = keras.optimizers.AdamW(rate, weight_decay=config.weight_decay)
+        optimizer = keras.optimizers.AdamW(rate, **common)
     else:
-        optimizer = keras.optimizers.SGD(
-            rate, momentum=config.momentum, nesterov=True, weight_decay=config.weight_decay
-        )
+        optimizer = keras.optimizers.SGD(rate, momentum=config.momentum, nesterov=True, **common)
     optimizer.exclude_from_weight_decay(var_names=["gamma", "beta", "bias"])
     return optimizer
 

@@ -1,0 +1,210 @@
+"""A run's name is claimed once, continued on purpose, and pulled only if every byte is right."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from balls import write_balls
+
+from lungseg.config import Recipe, load_recipe
+from lungseg.data.shards import Manifest
+from lungseg.errors import ConfigError, DataError, RunError, StorageError
+from lungseg.storage import Store, open_store
+from lungseg.train.checkpoint import STATE, WEIGHTS, Checkpoints, TrainState
+from lungseg.train.run import list_runs, load_run, load_run_data, open_run, pull_best, refuse_taken
+
+
+@pytest.fixture(params=["folder", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    return open_store(tmp_path / "store" if request.param == "folder" else request.getfixturevalue("s3_uri"))
+
+
+@pytest.fixture
+def manifest(store: Store) -> Manifest:
+    return write_balls(store, train=6, val=3)
+
+
+def recipe(*overrides: str) -> Recipe:
+    return load_recipe(None, ["model.depth=3", *overrides])
+
+
+def finish_an_epoch(store: Store, name: str, val_dice: float = 0.5) -> str:
+    """A committed best checkpoint of a run, as rank 0 leaves it."""
+    run, checkpoints = load_run(store, name), Checkpoints(store, f"runs/{name}")
+    metrics = {"val_dice": val_dice}
+    state = TrainState(run.attempt, 3, 1, run.manifest_sha256, run.recipe, val_dice, 0, 1.0, metrics)
+    checkpoint = checkpoints.commit(state, {"w": np.ones(3, np.float32)}, {"m": np.zeros(3, np.float32)})
+    checkpoints.publish_best(checkpoint, state, b"a network")
+    return checkpoint
+
+
+def test_a_fresh_name_is_claimed_with_all_that_makes_the_run(store: Store, manifest: Manifest) -> None:
+    run = open_run(store, "r", manifest, recipe(), "fresh")
+    assert load_run(store, "r") == run
+    assert run.settings == recipe()
+    assert (run.data, run.manifest_sha256, run.kind) == ("balls", manifest.sha256, "train")
+    assert run.versions["tensorflow"].startswith("2.21")
+
+
+def test_a_taken_name_is_refused_with_the_ways_out(store: Store, manifest: Manifest) -> None:
+    refuse_taken(store, "r", "fresh")
+    before = open_run(store, "r", manifest, recipe(), "fresh")
+    for refused in (
+        lambda: open_run(store, "r", manifest, recipe(), "fresh"),
+        lambda: refuse_taken(store, "r", "fresh"),
+    ):
+        with pytest.raises(RunError, match="run-exists") as caught:
+            refused()
+        assert "--resume" in caught.value.remedy
+        assert "--new" in caught.value.remedy
+    refuse_taken(store, "r", "resume")
+    refuse_taken(store, "r", "new")
+    assert load_run(store, "r") == before
+
+
+def test_resume_keeps_the_attempt_and_may_train_longer_and_otherwise(
+    store: Store, manifest: Manifest
+) -> None:
+    first = open_run(store, "r", manifest, recipe("train.epochs=2"), "resume")  # starts it if need be
+    longer = recipe("train.epochs=9", "optimizer.learning_rate=0.01", "train.workers=2")
+    resumed = open_run(store, "r", manifest, longer, "resume")
+    assert (resumed.attempt, resumed.created) == (first.attempt, first.created)
+    assert load_run(store, "r").settings == longer
+
+
+@pytest.mark.parametrize("what", ["network", "data", "verb"])
+def test_resume_with_what_does_not_fit_is_refused_and_changes_nothing(
+    store: Store, manifest: Manifest, what: str
+) -> None:
+    before = open_run(store, "r", manifest, recipe(), "fresh")
+    other = replace(manifest, sha256="0" * 64) if what == "data" else manifest
+    network = recipe("model.width=8") if what == "network" else recipe()
+    with pytest.raises(RunError, match="run-differs") as caught:
+        open_run(store, "r", other, network, "resume", "tune" if what == "verb" else "train")
+    assert "--new" in caught.value.remedy
+    assert load_run(store, "r") == before
+
+
+def test_new_begins_another_attempt_and_keeps_the_best_of_all(store: Store, manifest: Manifest) -> None:
+    first = open_run(store, "r", manifest, recipe(), "fresh")
+    best = finish_an_epoch(store, "r")
+    second = open_run(store, "r", manifest, recipe("model.width=8"), "new")
+    assert second.attempt != first.attempt
+    checkpoints = Checkpoints(store, "runs/r")
+    assert checkpoints.newest(second.attempt) is None
+    assert checkpoints.read_best().name == best
+
+
+@pytest.mark.parametrize(
+    ("overrides", "kind", "code", "cure"),
+    [
+        (["train.global_batch=7"], DataError, "too-few-patches", "train.global_batch"),
+        (["model.depth=6"], ConfigError, "patch-shape", "model.depth"),
+    ],
+)
+def test_a_recipe_that_cannot_train_on_the_data_claims_no_name(
+    store: Store, manifest: Manifest, overrides: list[str], kind: Any, code: str, cure: str
+) -> None:
+    with pytest.raises(kind, match=code) as caught:
+        open_run(store, "r", manifest, recipe(*overrides), "fresh")
+    assert cure in caught.value.remedy
+    assert not store.exists("runs/r/run.json")
+
+
+def test_oblong_slices_cannot_be_turned_and_no_validation_is_no_best(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    manifest = write_balls(store, train=6, val=3)
+    oblong = replace(manifest, patch_shape_zyx=(16, 16, 8))
+    with pytest.raises(ConfigError, match="patch-shape") as caught:
+        open_run(store, "r", oblong, recipe(), "fresh")
+    assert "augment.turns=false" in caught.value.remedy
+    open_run(store, "r", oblong, recipe("augment.turns=false"), "fresh")
+    blind = replace(manifest, shards={**manifest.shards, "val": ()})
+    with pytest.raises(DataError, match="no-validation"):
+        open_run(store, "blind", blind, recipe(), "fresh")
+
+
+def test_a_missing_run_is_told_with_those_that_exist(store: Store, manifest: Manifest) -> None:
+    with pytest.raises(RunError, match="run-missing") as caught:
+        load_run(store, "r")
+    assert "none" in caught.value.remedy
+    open_run(store, "lung-a", manifest, recipe(), "fresh")
+    with pytest.raises(RunError, match="run-missing") as caught:
+        load_run(store, "r")
+    assert "lung-a" in caught.value.remedy
+
+
+def test_a_run_knows_its_data_and_notices_when_that_is_another(store: Store, manifest: Manifest) -> None:
+    open_run(store, "r", manifest, recipe(), "fresh")
+    assert load_run_data(store, "r") == manifest
+    write_balls(store, train=9, val=3)
+    with pytest.raises(RunError, match="data-changed"):
+        load_run_data(store, "r")
+
+
+def test_runs_are_listed_oldest_first_with_their_best(store: Store, manifest: Manifest) -> None:
+    assert list_runs(store) == []
+    names = ["zeta", "alpha", "mid"]
+    for second, name in enumerate(names):
+        run = open_run(store, name, manifest, recipe(), "fresh")
+        created = f"2026-01-01T00:00:0{second}+00:00"
+        store.put_json(f"runs/{name}/run.json", {**asdict(run), "created": created})
+    best = finish_an_epoch(store, "mid", 0.75)
+    store.put("runs/not-a-run/metrics.jsonl", b"")
+    listed = list_runs(store)
+    assert [run.name for run, _ in listed] == names
+    assert [pointer and (pointer["checkpoint"], pointer["val_dice"]) for _, pointer in listed] == [
+        None,
+        None,
+        (best, 0.75),
+    ]
+
+
+def test_pull_gives_the_best_checkpoint_byte_for_byte(
+    store: Store, manifest: Manifest, tmp_path: Path
+) -> None:
+    open_run(store, "r", manifest, recipe(), "fresh")
+    with pytest.raises(RunError, match="no-checkpoint"):
+        pull_best(store, "r", tmp_path / "out")
+    checkpoint = finish_an_epoch(store, "r")
+    pointer = pull_best(store, "r", tmp_path / "out")
+    assert pointer["checkpoint"] == checkpoint
+    found = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert found.keys() == {"model.keras", WEIGHTS, STATE, "run.json", "best.json"}
+    assert found["model.keras"] == b"a network"
+    for file in (WEIGHTS, STATE):
+        assert found[file] == store.get(f"runs/r/checkpoints/{checkpoint}/{file}")
+    for file in ("run.json", "best.json"):
+        assert found[file] == store.get(f"runs/r/{file}")
+
+
+@pytest.mark.parametrize("broken", ["best/model.keras", WEIGHTS, STATE, "manifest.json"])
+@pytest.mark.parametrize("how", ["flipped", "missing"])
+def test_pull_of_broken_bytes_is_refused_and_writes_nothing(
+    store: Store, manifest: Manifest, tmp_path: Path, broken: str, how: str
+) -> None:
+    open_run(store, "r", manifest, recipe(), "fresh")
+    checkpoint = finish_an_epoch(store, "r")
+    key = f"runs/r/{broken}" if "/" in broken else f"runs/r/checkpoints/{checkpoint}/{broken}"
+    data = bytearray(store.get(key))
+    data[len(data) // 2] ^= 1
+    if how == "flipped":
+        store.put(key, bytes(data))
+    else:
+        store.delete([key])
+    with pytest.raises((RunError, StorageError), match="corrupt" if how == "flipped" else "object-missing"):
+        pull_best(store, "r", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_pull_into_a_file_is_an_error_of_the_folder(tmp_path: Path) -> None:
+    store = open_store(tmp_path / "store")
+    open_run(store, "r", write_balls(store, train=6, val=3), recipe(), "fresh")
+    finish_an_epoch(store, "r")
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(DataError, match="output-unwritable"):
+        pull_best(store, "r", tmp_path / "out")
