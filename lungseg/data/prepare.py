@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,14 +23,13 @@ from lungseg.data.case import Case, LabelledScan
 from lungseg.data.lungs import lung_mask
 from lungseg.data.order import permutation
 from lungseg.data.shards import FORMAT, IGNORE, Manifest, Patch, Shard
-from lungseg.data.volume import Volume, resample, resample_onto
+from lungseg.data.volume import AIR_HU, Volume, resample, resample_onto, vector
 from lungseg.data.volumes import StoredVolume, VolumeEntry, write_volume
-from lungseg.errors import DataError
+from lungseg.errors import DataError, LungsegError
 from lungseg.storage import Store, to_json
 from lungseg.telemetry import Progress
 
 SPLITS = ("train", "val", "test")
-AIR_HU = -1024
 
 
 @dataclass(frozen=True)
@@ -54,18 +53,39 @@ def prepare(
 ) -> Manifest:
     """The data set `name`; one that is there already with the same cases and settings is reused.
 
-    Raises DataError("data-exists") if it is there with others, and whatever a scan raises.
+    Raises DataError("cases-none"), DataError("data-exists") if it is there with others, and whatever
+    loading a scan raises.
     """
-    wanted = _fingerprint(
-        {"config": config.model_dump(mode="json"), "cases": sorted(c.case_id for c in cases)}
-    )
-    if store.exists(shards.manifest_key(name)):
-        return _existing(store, name, wanted)
+    if not cases:
+        raise DataError("cases-none", data=name, remedy="give a folder with scans that are not all excluded")
     split_of = assign_splits([(case.case_id, case.patient_id) for case in cases], config.split)
+    wanted = _fingerprint({"config": config.model_dump(mode="json"), "splits": split_of})
+    if not store.exists(shards.manifest_key(name)):
+        built = _build(store, name, cases, split_of, config, progress, excluded, wanted)
+        store.put_if_absent(shards.manifest_key(name), built.to_bytes())
+    manifest = shards.load_manifest(store, name)
+    if manifest.fingerprint != wanted:
+        remedy = "choose another --data name, or delete the old data set"
+        message = "made from other scans or settings"
+        raise DataError("data-exists", data=name, store=store.uri, message=message, remedy=remedy)
+    _sweep(store, manifest)
+    return manifest
+
+
+def _build(
+    store: Store,
+    name: str,
+    cases: Sequence[Case],
+    split_of: dict[str, str],
+    config: DataConfig,
+    progress: Progress,
+    excluded: Sequence[dict[str, str]],
+    fingerprint: str,
+) -> Manifest:
     done = _scans(store, name, cases, split_of, config, progress)
-    manifest = Manifest(
+    return Manifest(
         name=name,
-        fingerprint=wanted,
+        fingerprint=fingerprint,
         config=config.model_dump(mode="json"),
         patch_shape_zyx=config.patch.shape_zyx,
         shards={split: _shards(store, name, split, done, split_of, config) for split in SPLITS[:2]},
@@ -77,10 +97,15 @@ def prepare(
         counts={split: _counts([d for d in done if split_of[d.case_id] == split]) for split in SPLITS},
         excluded=tuple(excluded),
     )
-    if not store.put_if_absent(shards.manifest_key(name), manifest.to_bytes()):
-        return _existing(store, name, wanted)
-    store.delete([item.key for item in store.find(f"data/{name}/work/")])
-    return shards.load_manifest(store, name)
+
+
+def _sweep(store: Store, manifest: Manifest) -> None:
+    """Delete the work files, and what killed jobs with other settings left behind."""
+    named = {shard.key for split in manifest.shards.values() for shard in split}
+    named |= {volume.key for split in manifest.volumes.values() for volume in split}
+    for folder in ("work", "shards", "volumes"):
+        found = store.find(f"data/{manifest.name}/{folder}/")
+        store.delete([item.key for item in found if item.key not in named])
 
 
 def assign_splits(cases: Iterable[tuple[str, str]], config: SplitConfig) -> dict[str, str]:
@@ -122,15 +147,6 @@ def plan_shards(
     return [batches[i : i + batches_per_shard] for i in range(0, len(batches), batches_per_shard)]
 
 
-def _existing(store: Store, name: str, wanted: str) -> Manifest:
-    manifest = shards.load_manifest(store, name)
-    if manifest.fingerprint != wanted:
-        remedy = "choose another --data name, or delete the old data set"
-        message = "made from other scans or settings"
-        raise DataError("data-exists", data=name, store=store.uri, message=message, remedy=remedy)
-    return manifest
-
-
 def _scans(
     store: Store,
     name: str,
@@ -139,20 +155,34 @@ def _scans(
     config: DataConfig,
     progress: Progress,
 ) -> list[Prepared]:
+    tasks = [(store, name, case, split_of[case.case_id], config) for case in cases]
+    done: list[Prepared] = _parallel(_scan_task, tasks, progress)
+    return sorted(done, key=lambda d: d.case_id)
+
+
+def _parallel(
+    function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], progress: Progress
+) -> list[Any]:
+    """The results of Ray tasks in the order of `tasks`; a task whose worker dies is done again.
+
+    What a task raises is raised as it is; those that wait are then given up.
+    """
     ray = connect()
-    task = ray.remote(num_cpus=1, max_retries=3)(_scan_task)
-    pending = [task.remote(store, name, case, split_of[case.case_id], config) for case in cases]
-    done: list[Prepared] = []
-    progress(0, len(cases))
+    remote = ray.remote(num_cpus=1, max_retries=3)(function)
+    all_of_them = pending = [remote.remote(*arguments) for arguments in tasks]
+    progress(0, len(tasks))
     try:
         while pending:
             ready, pending = ray.wait(pending)
-            done += ray.get(ready)
-            progress(len(done), len(cases))
+            ray.get(ready)
+            progress(len(tasks) - len(pending), len(tasks))
+        results: list[Any] = ray.get(all_of_them)
+    except Exception as error:
+        raise LungsegError.find_in(error) or error from None
     finally:
         for reference in pending:
             ray.cancel(reference)
-    return sorted(done, key=lambda d: d.case_id)
+    return results
 
 
 def _scan_task(store: Store, name: str, case: Case, split: str, config: DataConfig) -> Prepared:
@@ -201,10 +231,7 @@ def cut_patches(
 ) -> list[Patch]:
     """The training patches of one scan; deterministic in the case id and the settings."""
     volume: Volume = stored.volume
-    centres = [
-        (n.nodule_id, tuple(np.rint(volume.geometry.to_index_zyx(n.centre_lps_mm)).astype(int).tolist()))
-        for n in scan.nodules
-    ]
+    centres = [(n.nodule_id, vector(volume.geometry.to_index_zyx(n.centre_lps_mm))) for n in scan.nodules]
     seed = int(_fingerprint([config.seed, case_id])[:15], 16)
     target = (stored.mask == 1).astype(np.uint8)
     lungs = lung_mask(volume)
@@ -238,15 +265,18 @@ def _shards(
     patch_bytes = 3 * int(np.prod(config.patch.shape_zyx))
     per_shard = max(1, (config.shard.target_mib << 20) // (patch_bytes * config.shard.rows_per_batch))
     plan = plan_shards(rows, config.shard.rows_per_batch, per_shard, config.shard.seed)
-    ray = connect()
-    task = ray.remote(num_cpus=1, max_retries=3)(_shard_task)
     work = {case: d.work for case, d in mine.items()}
-    pending = []
-    for number, batches in enumerate(plan):
-        needed = {case: work[case] for batch in batches for case, _ in batch}
-        key = f"data/{name}/shards/{split}-{number:05d}.arrow"
-        pending.append(task.remote(store, key, batches, needed, config))
-    return tuple(ray.get(pending))
+    tasks = [
+        (
+            store,
+            f"data/{name}/shards/{split}-{number:05d}.arrow",
+            batches,
+            {case: work[case] for batch in batches for case, _ in batch},
+            config,
+        )
+        for number, batches in enumerate(plan)
+    ]
+    return tuple(_parallel(_shard_task, tasks, lambda done, total: None))
 
 
 def _shard_task(
