@@ -44,6 +44,7 @@ Out = Annotated[Path, typer.Option("--out", help="Folder for the results.")]
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="YAML file of settings.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="One setting: section.field=value.")]
 STORE = "./lungseg-store"
+INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -54,8 +55,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         code = app(given or ["--help"], prog_name="lungseg", standalone_mode=False)
-    except (typer.Abort, KeyboardInterrupt):
-        _end("interrupted: what was committed is kept; `lungseg train … --resume` goes on from there", 130)
     except typer.TyperException as error:
         context = getattr(error, "ctx", None)
         verb = context.command_path if context else "lungseg"
@@ -63,6 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Exception as error:
         ours = LungsegError.find_in(error)
         _end(str(ours) if ours else _unexpected(error), 2 if ours else 1)
+    if code == INTERRUPTED:  # which Typer makes of KeyboardInterrupt
+        _end("interrupted: what was committed is kept; `lungseg train … --resume` goes on from there", code)
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -119,7 +120,9 @@ def phantom(
 
 @prepare_app.command("lidc")
 def prepare_lidc(
-    dicom_dir: Annotated[Path, typer.Argument(help="A download of LIDC-IDRI, or phantoms.")],
+    dicom_dir: Annotated[
+        Path, typer.Argument(metavar="DICOM_DIR", help="A download of LIDC-IDRI, or phantoms.")
+    ],
     data: DataName,
     store: StoreUri = STORE,
     recipe: RecipeFile = None,
@@ -135,7 +138,9 @@ def prepare_lidc(
 
 @prepare_app.command("pairs")
 def prepare_pairs(
-    folder: Annotated[Path, typer.Argument(help="A folder with images/ and masks/ (NIfTI or NRRD).")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A folder with images/ and masks/ (NIfTI or NRRD).")
+    ],
     data: DataName,
     store: StoreUri = STORE,
     recipe: RecipeFile = None,

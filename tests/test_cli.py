@@ -1,0 +1,360 @@
+"""The verbs as scripts call them, and what every wrong call is answered with."""
+
+from __future__ import annotations
+
+import os
+import resource
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from balls import write_balls
+
+from lungseg import cli
+from lungseg.config import Recipe
+from lungseg.storage import open_store
+from lungseg.train.run import open_run
+
+HEAVY = ("tensorflow", "keras", "ray", "numpy", "pydantic", "pylidc", "boto3", "SimpleITK")
+VERBS = ("demo", "phantom", "prepare", "train", "tune", "evaluate", "predict", "runs", "pull", "doctor")
+
+Refusal = Callable[..., str]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder; no store, credentials or cluster come from the environment."""
+    for name in ("LUNGSEG_STORE", "RAY_ADDRESS", "AWS_ENDPOINT_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def refusal(here: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[Refusal]:
+    """Run a wrong command line and give its one line; it must write nothing, and end with 2."""
+
+    def run(*words: str) -> str:
+        before = listing(here)
+        with pytest.raises(SystemExit) as ended:
+            cli.main(words)
+        out, err = capsys.readouterr()
+        assert ended.value.code == 2, err
+        assert out == ""
+        assert err.startswith("lungseg: ")
+        assert err.endswith("\n")
+        assert err.count("\n") == 1
+        assert "Remedy: " in err
+        assert "Traceback" not in err
+        assert listing(here) == before
+        return err
+
+    return run
+
+
+def listing(folder: Path) -> list[tuple[str, int]]:
+    return sorted((str(path), path.stat().st_mtime_ns) for path in folder.rglob("*"))
+
+
+@pytest.fixture
+def store(here: Path) -> Path:
+    """A store with the data set "balls", which keeps no whole scans, and the run "taken" on it."""
+    opened = open_store(here / "store")
+    open_run(opened, "taken", write_balls(opened), Recipe(), "fresh")
+    return here / "store"
+
+
+def test_help_is_quick_since_it_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, lungseg.cli\n"
+        "try: lungseg.cli.main(['--help'])\n"
+        f"finally: print([m for m in {HEAVY!r} if m in sys.modules], file=sys.stderr)"
+    )
+    seconds = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        assert done.stderr == "[]\n"
+        assert all(f"  {verb} " in done.stdout for verb in VERBS)
+    assert sorted(seconds)[1] < 0.5
+
+
+def test_without_arguments_there_is_help(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["lungseg"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 0
+    assert "Usage: lungseg [OPTIONS] COMMAND" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("verb", "flags"),
+    [
+        ("demo", "--out --store"),
+        ("phantom", "--out --scans --seed"),
+        ("prepare lidc", "--store --data --recipe --set"),
+        ("prepare pairs", "--store --data --recipe --set"),
+        ("train", "--store --data --run --recipe --set --resume --new"),
+        ("tune", "--store --data --run --trials --recipe --set"),
+        ("evaluate", "--store --run --split --out"),
+        ("predict", "--store --run --out"),
+        ("runs", "--store"),
+        ("pull", "--store --run --out"),
+        ("doctor", "--store"),
+    ],
+)
+def test_every_verb_explains_its_flags(verb: str, flags: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*verb.split(), "--help"])
+    shown = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert shown.startswith(f"Usage: lungseg {verb} ")
+    assert all(flag in shown for flag in flags.split())
+
+
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [
+        ("prepare lidc none --store s --data d", "dicom-dir-missing"),
+        ("prepare pairs none --store s --data d --recipe none.yaml", "recipe-missing"),
+        ("prepare pairs none --store s --data d --set data.patch.jitter=0.2", "folder-missing"),
+        ("train --store s --data d --run r", "data-missing"),
+        (
+            "train --store s --data d --run r --set train.epochs=2 --set loss.name=bce --resume",
+            "data-missing",
+        ),
+        ("train --store s --data d --run r --new --recipe none.yaml", "recipe-missing"),
+        ("tune --store s --data d --run r --trials 3 --set tune.width=[4,8]", "data-missing"),
+        ("evaluate --store s --run r --split test --out o", "run-missing"),
+        ("evaluate --store s --run r --out o", "run-missing"),
+        ("predict none other --store s --run r --out o", "input-missing"),
+        ("predict --store s --run r --out o none", "input-missing"),
+        ("runs --store s", "store-missing"),
+        ("pull --store s --run r --out o", "run-missing"),
+    ],
+)
+def test_documented_calls_get_as_far_as_their_first_missing_input(
+    line: str, code: str, refusal: Refusal
+) -> None:
+    assert refusal(*line.split()).startswith(f"lungseg: {code}")
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("nosuch", "No such command 'nosuch'. Remedy: see `lungseg --help`"),
+        ("--nosuch", "No such option: --nosuch. Remedy: see `lungseg --help`"),
+        ("prepare", "Missing command. Remedy: see `lungseg prepare --help`"),
+        ("prepare bogus", "No such command 'bogus'. Remedy: see `lungseg prepare --help`"),
+        ("runs --bogus", "No such option: --bogus. Remedy: see `lungseg runs --help`"),
+        ("runs extra", "Got unexpected extra argument"),
+        ("train --data d", "Missing option '--run'. Remedy: see `lungseg train --help`"),
+        ("train --run r", "Missing option '--data'"),
+        ("tune --data d --run r", "Missing option '--trials'"),
+        ("tune --data d --run r --trials 0", "Invalid value for '--trials'"),
+        ("tune --data d --run r --trials x", "Invalid value for '--trials'"),
+        ("phantom", "Missing option '--out'"),
+        ("phantom --out o --scans 0", "Invalid value for '--scans'"),
+        ("phantom --out o --seed -1", "Invalid value for '--seed'"),
+        ("predict --run r --out o", "Missing argument 'INPUT...'"),
+        ("prepare lidc --data d", "Missing argument 'DICOM_DIR'"),
+        ("train --data d --run r --resume --new", "flags-contradict"),
+        ("train --data d --run ../r", "name-invalid"),
+        ("train --data a/b --run r", "name-invalid"),
+        ("pull --run .hidden --out o", "name-invalid"),
+        ("runs --store ftp://host/x", "store-uri"),
+        ("runs --store s3://", "store-uri"),
+    ],
+)
+def test_a_wrong_call_is_answered_by_name(line: str, said: str, refusal: Refusal) -> None:
+    assert said in refusal(*line.split())
+
+
+def test_wrong_settings_are_named_before_the_data_is_looked_for(here: Path, refusal: Refusal) -> None:
+    call = ("train", "--store", "s", "--data", "d", "--run", "r")
+    assert "Remedy: did you mean train.epochs?" in refusal(*call, "--set", "train.epochz=3")
+    assert "field-invalid" in refusal(*call, "--set", "train.epochs=0")
+    assert "override-syntax" in refusal(*call, "--set", "train.epochs")
+    (here / "bad.yaml").write_text("train: {epochs: 3\n  x: [")
+    assert "recipe-syntax" in refusal(*call, "--recipe", "bad.yaml")
+    (here / "unknown.yaml").write_text("model: {widht: 8}\n")
+    assert "did you mean model.width?" in refusal(*call, "--recipe", "unknown.yaml")
+
+
+def test_an_existing_run_is_neither_continued_nor_replaced_by_accident(store: Path, refusal: Refusal) -> None:
+    call = ("--store", str(store), "--data", "balls", "--run", "taken")
+    for verb in (["train"], ["tune", "--trials", "2"]):
+        said = refusal(*verb, *call)
+        assert "run-exists (run=taken" in said
+        assert "--resume" in said
+        assert "--new" in said
+
+
+def test_unknown_names_are_answered_with_those_that_exist(store: Path, refusal: Refusal) -> None:
+    at = ("--store", str(store))
+    assert "data sets here: balls" in refusal("train", *at, "--data", "ball", "--run", "r")
+    assert "data sets here: balls" in refusal("tune", *at, "--data", "ball", "--run", "r", "--trials", "1")
+    for verb in ("evaluate", "pull"):
+        assert "choose one of: taken" in refusal(verb, *at, "--run", "take", "--out", "o")
+    assert "no-checkpoint" in refusal("pull", *at, "--run", "taken", "--out", "o")
+    assert "split-empty" in refusal("evaluate", *at, "--run", "taken", "--split", "tset", "--out", "o")
+
+
+def test_predict_refuses_inputs_that_are_no_scans(store: Path, here: Path, refusal: Refusal) -> None:
+    call = ("--store", str(store), "--run", "taken", "--out", "o")
+    (here / "empty").mkdir()
+    assert "series" in refusal("predict", "empty", *call)
+    (here / "text.nii.gz").write_text("no image")
+    assert "text.nii.gz" in refusal("predict", "text.nii.gz", *call)
+    (here / "other" / "empty").mkdir(parents=True)
+    assert "input-ambiguous (names=empty)" in refusal("predict", "empty", "other/empty", *call)
+    assert "input-missing (input=none)" in refusal("predict", "empty", "none", *call)
+
+
+def test_prepare_refuses_folders_without_scans(here: Path, refusal: Refusal) -> None:
+    (here / "scans").mkdir()
+    assert "lidc-series-missing" in refusal("prepare", "lidc", "scans", "--data", "d")
+    (here / "pairs" / "images").mkdir(parents=True)
+    (here / "pairs" / "masks").mkdir()
+    assert "pairs-none" in refusal("prepare", "pairs", "pairs", "--data", "d")
+
+
+def test_a_folder_that_cannot_be_written_is_refused(here: Path, refusal: Refusal) -> None:
+    (here / "file").write_text("not a folder")
+    assert "phantom-unwritable" in refusal("phantom", "--out", "file/x", "--scans", "1")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "runs",
+        "train --data d --run r",
+        "tune --data d --run r --trials 1",
+        "evaluate --run r --out o",
+        "pull --run r --out o",
+    ],
+)
+def test_a_server_that_refuses_is_told_within_15_s(
+    line: str, refusal: Refusal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # bound, and not listening: nobody else gets the port
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{closed.getsockname()[1]}")
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "nothing")
+        began = time.monotonic()
+        assert "store-unreachable" in refusal(*line.split(), "--store", "s3://bucket/prefix")
+    assert time.monotonic() - began < 15
+
+
+def test_the_store_comes_from_the_environment(
+    here: Path, refusal: Refusal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert f"store={here / 'lungseg-store'}" in refusal("runs")
+    monkeypatch.setenv("LUNGSEG_STORE", "elsewhere")
+    assert f"store={here / 'elsewhere'}" in refusal("runs")
+
+
+def test_runs_are_listed(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["runs", "--store", str(store)])
+    assert ended.value.code == 0
+    header, row = capsys.readouterr().out.splitlines()
+    assert header.split() == ["run", "kind", "data", "val", "Dice", "epoch", "created"]
+    assert row.split()[:5] == ["taken", "train", "balls", "-", "-"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "--data", "none", "--run", "r"],
+        ["train", "--data", "balls", "--run", "taken"],
+        ["tune", "--data", "balls", "--run", "taken", "--trials", "1"],
+        ["evaluate", "--run", "taken", "--out", "o"],
+        ["predict", "none", "--run", "taken", "--out", "o"],
+        ["predict", str(Path(__file__).parent), "--run", "taken", "--out", "o"],
+    ],
+    ids=" ".join,
+)
+def test_what_is_wrong_is_told_before_tensorflow_or_ray_start(store: Path, words: list[str]) -> None:
+    code = (
+        "import sys, lungseg.cli\n"
+        "try: lungseg.cli.main(sys.argv[1:])\n"
+        "finally: print([m for m in ('tensorflow', 'ray') if m in sys.modules])"
+    )
+    command = [sys.executable, "-c", code, *words, "--store", str(store)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (2, "[]\n")
+    assert done.stderr.startswith("lungseg: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_ctrl_c_ends_with_130_and_one_line(here: Path) -> None:
+    code = (
+        "import os, signal, time, lungseg.cli, lungseg.train.run\n"
+        "def busy(store):\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    time.sleep(60)\n"
+        "lungseg.train.run.list_runs = busy\n"
+        "lungseg.cli.main(['runs', '--store', '.'])"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=here, timeout=50, check=False)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == (
+        "lungseg: interrupted: what was committed is kept; `lungseg train … --resume` goes on from there\n"
+    )
+
+
+def test_an_error_that_is_not_ours_is_one_line_and_a_file(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("first line\nsecond line")
+
+    monkeypatch.setattr("lungseg.train.run.list_runs", broken)
+    monkeypatch.setattr("tempfile.tempdir", str(here))
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["runs", "--store", str(here)])
+    out, err = capsys.readouterr()
+    (log,) = here.iterdir()
+    assert (ended.value.code, out) == (1, "")
+    expected = f"unexpected ZeroDivisionError: first line. Remedy: read {log}, and report it with that file"
+    assert err == f"lungseg: {expected}\n"
+    assert "in broken" in log.read_text()
+
+
+def test_an_error_of_ours_that_ray_wrapped_is_told_as_ours(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray.exceptions import RayTaskError
+
+    from lungseg.errors import DataError
+
+    ours = DataError("shard-corrupt", shard="a", remedy="fetch it again")
+    wrapped = RayTaskError("task", "a page\nof traceback", ours).as_instanceof_cause()
+
+    def broken(*_: object) -> None:
+        raise wrapped
+
+    monkeypatch.setattr("lungseg.train.run.list_runs", broken)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["runs", "--store", str(here)])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "lungseg: shard-corrupt (shard=a). Remedy: fetch it again\n"
+
+
+def test_jobs_run_the_verb_of_their_name(here: Path) -> None:
+    jobs = Path(__file__).parents[1] / "jobs"
+    for verb in ("prepare", "train", "tune", "evaluate"):
+        words = [sys.executable, str(jobs / f"{verb}.py"), "--help"]
+        done = subprocess.run(words, capture_output=True, text=True, env={**os.environ}, check=True)
+        assert done.stdout.startswith(f"Usage: lungseg {verb} ")
