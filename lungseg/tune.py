@@ -14,7 +14,7 @@ from lungseg.errors import LungsegError, RunError
 from lungseg.storage import Store
 from lungseg.train.checkpoint import Checkpoints
 from lungseg.train.launch import cpus_per_worker, fit
-from lungseg.train.run import open_run, run_root
+from lungseg.train.run import open_run, refuse_taken, run_root
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ def tune(store: Store, data: str, run: str, recipe: Recipe, trials: int) -> list
     The table is also kept as runs/<run>/trials.json. Raises what `train` raises, RunError("no-trial").
     """
     manifest = load_manifest(store, data)
+    refuse_taken(store, run, "fresh")
+    cpus_per_worker(recipe, connect().nodes())  # a run that cannot start must not claim the name
     attempt = open_run(store, run, manifest, recipe, "fresh", kind="tune").attempt
     root = run_root(run)
     done = _search(store, root, attempt, manifest, recipe, trials)
@@ -66,8 +68,8 @@ def _search(
 
     with tempfile.TemporaryDirectory(prefix="lungseg-tune-", ignore_cleanup_errors=True) as scratch:
         results = ray_tune.Tuner(
-            # The trial only waits for its workers, which hold the resources.
-            ray_tune.with_resources(trial, {"CPU": 0}),
+            # The trial only waits for its workers, which hold the cores; Tune wants it to ask for something.
+            ray_tune.with_resources(trial, {"CPU": 0, "memory": 1 << 20}),
             param_space={
                 "learning_rate": ray_tune.loguniform(*space.learning_rate),
                 "loss": ray_tune.choice(list(space.loss)),
@@ -77,8 +79,8 @@ def _search(
                 metric="val_dice",
                 mode="max",
                 num_samples=trials,
-                max_concurrent_trials=concurrent,
-                search_alg=BasicVariantGenerator(random_state=recipe.train.seed),
+                # Tune ignores its own max_concurrent_trials beside this generator.
+                search_alg=BasicVariantGenerator(max_concurrent=concurrent, random_state=recipe.train.seed),
                 scheduler=ASHAScheduler(
                     time_attr="epoch",
                     max_t=epochs,

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from lungseg.cluster import connect
 from lungseg.config import Recipe
 from lungseg.data.shards import Manifest, load_manifest
-from lungseg.errors import ConfigError, LungsegError
+from lungseg.errors import ConfigError, LungsegError, StorageError
 from lungseg.storage import Store
+from lungseg.telemetry import log, quiet_tensorflow
 from lungseg.train.checkpoint import Checkpoints
-from lungseg.train.run import Mode, open_run, run_root
+from lungseg.train.run import Mode, open_run, refuse_taken, run_root
 
 
 def train(store: Store, data: str, run: str, recipe: Recipe, mode: Mode = "fresh") -> dict[str, Any]:
@@ -23,6 +27,8 @@ def train(store: Store, data: str, run: str, recipe: Recipe, mode: Mode = "fresh
     and what a worker raised after `train.max_failures` restarts.
     """
     manifest = load_manifest(store, data)
+    refuse_taken(store, run, mode)
+    cpus_per_worker(recipe, connect().nodes())  # a run that cannot start must not claim the name
     opened = open_run(store, run, manifest, recipe, mode)
     fit(store, run_root(run), opened.attempt, manifest, recipe)
     best = Checkpoints(store, run_root(run)).best()
@@ -41,7 +47,9 @@ def fit(
     """Run the workers below the prefix `root` of the store; also the body of every tuning trial."""
     ray = connect()
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.tensorflow import TensorflowTrainer
+
+    with quiet_tensorflow():
+        from ray.train.tensorflow import TensorflowTrainer
 
     cpus = cpus_per_worker(recipe, ray.nodes())
     resources: dict[str, float] = {"CPU": cpus}
@@ -65,16 +73,48 @@ def fit(
                 name="train",
                 storage_path=scratch,
                 failure_config=FailureConfig(max_failures=recipe.train.max_failures),
-                callbacks=list(callbacks),
+                callbacks=[_watcher(), *callbacks],
             ),
         )
         try:
-            trainer.fit()
+            with _interruptible():
+                trainer.fit()
         except Exception as error:
             ours = LungsegError.find_in(error)
             if ours:
                 raise ours from error
             raise
+
+
+def _watcher() -> Any:
+    """A callback of Ray Train that tells why workers failed, and ends the run for what no restart cures:
+    our own errors, but for a store that may come back."""
+    from ray.train import UserCallback
+
+    class Watcher(UserCallback):
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+            for rank, error in worker_exceptions.items():
+                # Of a remote traceback the last line names the error.
+                log("train").warning("worker %d failed: %s", rank, str(error).strip().rpartition("\n")[2])
+                ours = LungsegError.find_in(error)
+                if ours and not isinstance(ours, StorageError):
+                    raise ours
+
+    return Watcher()
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ray Train answers Ctrl-C by ending the process as if all were well, and leaves that handler behind:
+    here it raises KeyboardInterrupt, and the handler goes."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as stopped:
+        raise KeyboardInterrupt from stopped
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, before)
 
 
 def cpus_per_worker(recipe: Recipe, nodes: Sequence[dict[str, Any]]) -> int:
@@ -87,7 +127,7 @@ def cpus_per_worker(recipe: Recipe, nodes: Sequence[dict[str, Any]]) -> int:
     per_node = -(-recipe.train.workers // len(cores))
     available = min(cores) // per_node
     wanted = recipe.train.cpus_per_worker or available
-    if wanted < 1 or (wanted > available and wanted * recipe.train.workers > sum(cores)):
+    if wanted < 1 or sum(count // wanted for count in cores) < recipe.train.workers:
         raise ConfigError(
             "too-few-cpus",
             workers=recipe.train.workers,
