@@ -91,12 +91,7 @@ def _recipe(file: Path | None, overrides: list[str] | None) -> Recipe:
 
 
 @app.command()
-def demo(
-    out: Out = Path("lungseg-demo"),
-    store: Annotated[
-        str | None, typer.Option("--store", envvar="LUNGSEG_STORE", help=_STORE_HELP + " Default: OUT/store.")
-    ] = None,
-) -> None:
+def demo(out: Out = Path("lungseg-demo"), store: StoreUri = STORE) -> None:
     """The whole way on synthetic scans: DICOM, patches, training, evaluation, a segmented scan."""
     from lungseg.demo import run_demo
 

@@ -16,7 +16,7 @@ from lungseg.data.phantom import write_phantom
 from lungseg.data.prepare import prepare
 from lungseg.data.shards import Manifest
 from lungseg.storage import Store, open_store, to_json
-from lungseg.telemetry import progress
+from lungseg.telemetry import progress, quiet_tensorflow
 from lungseg.train.launch import train
 
 NAME = "demo"
@@ -44,10 +44,10 @@ def demo_recipe() -> Recipe:
     )
 
 
-def run_demo(out: Path, store_uri: str | None) -> None:
+def run_demo(out: Path, store_uri: str) -> None:
     """Write everything below `out` (and the store, if another) and print the table; what is there already
     is reused."""
-    store = open_store(store_uri or out / "store")
+    store = open_store(store_uri)
     seconds: dict[str, float] = {}
     recipe = demo_recipe()
     print("lungseg demo: synthetic chest CT (no patients) around real LIDC contours", file=sys.stderr)
@@ -72,10 +72,11 @@ def _score(
         if scores["checkpoint"] == checkpoint and Path(scores["mask"]).exists():
             return scores
     with _stage("evaluate", seconds):
-        from lungseg.evaluate.split import evaluate_split
-        from lungseg.train.export import load_best
+        with quiet_tensorflow():
+            from lungseg.evaluate.split import evaluate_split
+            from lungseg.train.export import load_best
 
-        best = load_best(store, NAME)
+            best = load_best(store, NAME)
         with progress("test scans evaluated") as report:
             result = evaluate_split(store, manifest, best, "test", out / "evaluation", report)
     with _stage("predict", seconds), progress("windows") as report:

@@ -25,7 +25,7 @@ tree["data"]["patch"]["shape_zyx"] = [16, 16, 16]
 tree["model"] |= {"width": 2, "depth": 2}
 tree["train"] |= {"epochs": 4, "steps_per_epoch": 3, "global_batch": 2}
 demo.demo_recipe = lambda: parse_recipe(tree)
-cli.main(["demo", "--out", sys.argv[1]])
+cli.main(["demo", "--out", sys.argv[1], "--store", sys.argv[1] + "/store"])
 """
 
 

