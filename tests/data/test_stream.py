@@ -222,7 +222,7 @@ def test_prefetching_keeps_to_its_bound_and_fetches_no_record_batch_twice_in_a_r
     shard = write_shard(store, "s", groups, shape, "lz4")
     manifest = Manifest("d", "", {}, shape, {"train": (shard,)}, {}, {}, {}, ())
     order = {"global_batch": world_size, "world_size": world_size, "seed": 1}
-    with PatchStream(store, manifest, "train", StreamConfig(prefetch_mib=6, threads=2), **order) as stream:
+    with PatchStream(store, manifest, "train", StreamConfig(prefetch_mib=6, threads=8), **order) as stream:
         batches = iter(stream)
         for taken in range(1, 31):
             next(batches)
