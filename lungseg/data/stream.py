@@ -25,10 +25,6 @@ Decoded = Future[tuple[np.ndarray, np.ndarray]]
 """Images and masks of a record batch that is being fetched."""
 
 
-# Small patches would fit by the million, and be requested before the first step.
-MOST_AHEAD = 256
-
-
 @dataclass(frozen=True)
 class Batch:
     """One rank's share of a global batch: `image_hu` int16 and `mask` uint8, both [n, z, y, x].
