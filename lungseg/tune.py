@@ -88,7 +88,9 @@ def _search(
                     reduction_factor=space.reduction_factor,
                 ),
             ),
-            run_config=ray_tune.RunConfig(name="tune", storage_path=scratch, verbose=0),
+            run_config=ray_tune.RunConfig(
+                name="tune", storage_path=scratch, verbose=0, callbacks=[_releaser()]
+            ),
         ).fit()
     for error in results.errors:
         ours = LungsegError.find_in(error)
@@ -96,6 +98,22 @@ def _search(
             raise ours from error
     finished = [results[i] for i in range(len(results)) if "val_dice" in (results[i].metrics or {})]
     return _table(store, root, finished)
+
+
+def _releaser() -> Any:
+    """A callback of Tune that gives a trial's cores back when Tune stops it: it kills the trial's driver,
+    and Ray Train's own cleaner works only beside a dashboard."""
+    import ray
+    from ray.tune import Callback
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    class Releaser(Callback):
+        def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            group = (trial.last_result or {}).get("placement_group")
+            if group:
+                remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group))))
+
+    return Releaser()
 
 
 def _with(recipe: Recipe, choice: dict[str, Any]) -> Recipe:

@@ -148,12 +148,13 @@ def _worker(config: dict[str, Any]) -> None:
     from lungseg.train.loop import Job, Session, run_worker
 
     context = ray.train.get_context()
+    group = ray.get_runtime_context().get_placement_group_id()  # of all workers; tuning frees it
     store, root, attempt, manifest, recipe = config["job"]
     session = Session(
         rank=context.get_world_rank(),
         world_size=context.get_world_size(),
         threads=config["threads"],
         share=broadcast_from_rank_zero,
-        report=ray.train.report,
+        report=lambda metrics: ray.train.report({**metrics, "placement_group": group}),
     )
     run_worker(Job(store, root, attempt, manifest, parse_recipe(recipe)), session)
