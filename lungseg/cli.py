@@ -63,7 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ours = LungsegError.find_in(error)
         _end(str(ours) if ours else _unexpected(error), 2 if ours else 1)
     if code == INTERRUPTED:  # which Typer makes of KeyboardInterrupt
-        _end("interrupted: what was committed is kept; `lungseg train … --resume` goes on from there", code)
+        again = "the same command goes on from there (train: with --resume)"
+        _end(f"interrupted: what was committed is kept; {again}", INTERRUPTED)
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -310,7 +310,8 @@ def test_ctrl_c_ends_with_130_and_one_line(here: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, cwd=here, timeout=50, check=False)
     assert (done.returncode, done.stdout) == (130, "")
     assert done.stderr == (
-        "lungseg: interrupted: what was committed is kept; `lungseg train … --resume` goes on from there\n"
+        "lungseg: interrupted: what was committed is kept; the same command goes on from there "
+        "(train: with --resume)\n"
     )
 
 
