@@ -30,14 +30,14 @@ def demo_recipe() -> Recipe:
             "data": {
                 "patch": {
                     "shape_zyx": [48, 48, 48],
-                    "positives_per_nodule": 12,
-                    "hard_negatives_per_scan": 16,
+                    "positives_per_nodule": 16,
+                    "hard_negatives_per_scan": 32,
                 },
                 "split": {"val": 0.17, "test": 0.17},
                 "shard": {"target_mib": 16},
             },
             "model": {"width": 8, "depth": 4},
-            "train": {"epochs": 10, "steps_per_epoch": 40, "global_batch": 4, "patience_epochs": 10},
+            "train": {"epochs": 8, "steps_per_epoch": 45, "global_batch": 4, "patience_epochs": 8},
             "optimizer": {"learning_rate": 2e-3, "warmup_steps": 20},
             "segment": {"window_zyx": [96, 96, 96]},
         }
