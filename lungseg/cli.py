@@ -152,6 +152,7 @@ def prepare_pairs(
 def _prepare(
     cases: Sequence[Case], uri: str, name: str, recipe: Recipe, excluded: list[dict[str, str]]
 ) -> None:
+    from lungseg.data.patches import STRATA
     from lungseg.data.prepare import prepare
     from lungseg.storage import open_store
     from lungseg.telemetry import progress
@@ -159,7 +160,9 @@ def _prepare(
     with progress("scans") as report:
         manifest = prepare(open_store(uri), name, cases, recipe.data, report, excluded)
     for split, counts in manifest.counts.items():
-        print(f"{split:>5}: " + ", ".join(f"{count} {what}" for what, count in counts.items()))
+        of_each = ", ".join(f"{counts[one]} {one}" for one in STRATA if one in counts)
+        totals = ", ".join(f"{counts[one]} {one}" for one in ("scans", "nodules", "patches"))
+        print(f"{split:>5}: {totals}{f' ({of_each})' if of_each else ''}")
     print(f"excluded: {len(manifest.excluded)} scans; manifest {manifest.sha256[:12]} in {uri}/data/{name}")
 
 

@@ -24,7 +24,7 @@ SCANS, SEED = 12, 0
 
 
 def demo_recipe() -> Recipe:
-    """Small enough for two cores: half the default width and depth, smaller patches, few steps."""
+    """Small enough for two cores: half the default width, smaller patches, few steps."""
     return parse_recipe(
         {
             "data": {

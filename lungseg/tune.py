@@ -12,6 +12,7 @@ from lungseg.config import Recipe, parse_recipe
 from lungseg.data.shards import Manifest, load_manifest
 from lungseg.errors import LungsegError, RunError
 from lungseg.storage import Store
+from lungseg.telemetry import log
 from lungseg.train.checkpoint import Checkpoints
 from lungseg.train.launch import cpus_per_worker, fit
 from lungseg.train.run import open_run, refuse_taken, run_root
@@ -92,11 +93,13 @@ def _search(
                 name="tune", storage_path=scratch, verbose=0, callbacks=[_releaser()]
             ),
         ).fit()
-    for error in results.errors:
-        ours = LungsegError.find_in(error)
-        if ours:
-            raise ours from error
     finished = [results[i] for i in range(len(results)) if "val_dice" in (results[i].metrics or {})]
+    for error in results.errors:
+        # One trial may diverge or run out of memory: that is a result, unless there is no other.
+        ours = LungsegError.find_in(error)
+        if ours and not finished:
+            raise ours from error
+        log("tune").warning("a trial failed: %s", ours or error)
     return _table(store, root, finished)
 
 

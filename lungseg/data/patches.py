@@ -16,13 +16,14 @@ from lungseg.config import PatchConfig
 
 BRIGHT_HU = -500  # brighter than aerated lung, darker than any vessel, wall or solid nodule
 TRIES_PER_SITE = 50
+STRATA = ("nodule", "hard", "lung", "outside")
 
 Index = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
 class Site:
-    """A patch by its centre; `stratum` is nodule, hard, lung or outside, `nodule_id` empty but for one."""
+    """A patch by its centre; `stratum` is one of STRATA, `nodule_id` empty but for a nodule's."""
 
     centre_zyx: Index
     stratum: str

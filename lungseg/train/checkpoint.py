@@ -17,7 +17,7 @@ import numpy as np
 from safetensors.numpy import load as safetensors_load
 from safetensors.numpy import save as safetensors_save
 
-from lungseg.config import CheckpointConfig
+from lungseg.config import CheckpointConfig, TrainConfig
 from lungseg.errors import LungsegError, RunError
 from lungseg.storage import Store, to_json
 from lungseg.telemetry import log
@@ -41,6 +41,11 @@ class TrainState:
     epochs_without_gain: int
     seconds: float
     metrics: dict[str, float] = field(default_factory=dict)
+
+    def ended(self, config: TrainConfig) -> bool:
+        """Whether the run has its epochs, ran out of time, or stopped gaining."""
+        late = config.max_minutes is not None and self.seconds >= config.max_minutes * 60
+        return late or self.epoch >= config.epochs or self.epochs_without_gain >= config.patience_epochs
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from lungseg.errors import ConfigError, LungsegError, StorageError
 from lungseg.storage import Store
 from lungseg.telemetry import log, quiet_tensorflow
 from lungseg.train.checkpoint import Checkpoints
-from lungseg.train.run import Mode, open_run, refuse_taken, run_root
+from lungseg.train.run import Mode, load_run, open_run, refuse_taken, run_exists, run_root
 
 
 def train(store: Store, data: str, run: str, recipe: Recipe, mode: Mode = "fresh") -> dict[str, Any]:
@@ -28,12 +28,27 @@ def train(store: Store, data: str, run: str, recipe: Recipe, mode: Mode = "fresh
     """
     manifest = load_manifest(store, data)
     refuse_taken(store, run, mode)
+    ended = _ended(store, run, manifest, recipe) if mode == "resume" else None
+    if ended:
+        return ended
     cpus_per_worker(recipe, connect().nodes())  # a run that cannot start must not claim the name
     opened = open_run(store, run, manifest, recipe, mode)
     fit(store, run_root(run), opened.attempt, manifest, recipe)
     best = Checkpoints(store, run_root(run)).best()
     assert best is not None  # every epoch that ends commits one
     return best
+
+
+def _ended(store: Store, run: str, manifest: Manifest, recipe: Recipe) -> dict[str, Any] | None:
+    """The best pointer of a run that has nothing left to do: no reason to start Ray and TensorFlow."""
+    if not run_exists(store, run):
+        return None
+    old, checkpoints = load_run(store, run), Checkpoints(store, run_root(run))
+    newest = checkpoints.newest(old.attempt) if old.fits(manifest, recipe, "train") else None
+    if newest is None or not newest.state.ended(recipe.train):
+        return None
+    log("train").info("the run %s has ended after epoch %d: nothing to resume", run, newest.state.epoch)
+    return checkpoints.best()
 
 
 def fit(

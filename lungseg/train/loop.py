@@ -86,7 +86,7 @@ def run_worker(job: Job, session: Session) -> None:
     began = time.monotonic() - state.seconds
     with open_stream(split="train", seed=recipe.train.seed, first_step=state.step) as stream:
         batches = iter(stream)
-        while state.epoch < recipe.train.epochs and not _enough(state, recipe):
+        while not state.ended(recipe.train):
             metrics = _epoch(job, session, stepper, stream, batches, steps, state.epoch)
             with open_stream(split="val", training=False) as val:
                 sums = sum((stepper.validate(batch) for batch in val), ValSums())
@@ -97,12 +97,6 @@ def run_worker(job: Job, session: Session) -> None:
             if session.rank == 0:
                 _write(job, checkpoints, stepper, state)
             session.report(metrics)
-
-
-def _enough(state: TrainState, recipe: Recipe) -> bool:
-    limit = recipe.train.max_minutes
-    stalled = state.epochs_without_gain >= recipe.train.patience_epochs
-    return stalled or (limit is not None and state.seconds >= limit * 60)
 
 
 def _restore(job: Job, session: Session, checkpoints: Checkpoints, stepper: Stepper) -> TrainState:
@@ -183,8 +177,7 @@ def _write(job: Job, checkpoints: Checkpoints, stepper: Stepper, state: TrainSta
     if not all(np.isfinite(array).all() for array in weights.values()):
         raise _diverged(job, state.epoch, state.step)  # a resume from such weights would be stuck for ever
     _append_metrics(job, state)
-    last = state.epoch == job.recipe.train.epochs or _enough(state, job.recipe)
-    due = last or state.epoch % job.recipe.checkpoint.every_epochs == 0
+    due = state.ended(job.recipe.train) or state.epoch % job.recipe.checkpoint.every_epochs == 0
     if due or _beats(val_dice, checkpoints.best()):
         name = checkpoints.commit(state, weights, optimizer)
         better = _publish(job, checkpoints, stepper, state, name)

@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from lungseg.config import Recipe, parse_recipe
+from lungseg.config import Recipe
 from lungseg.data.order import steps_per_pass
 from lungseg.data.shards import Manifest, load_manifest
 from lungseg.errors import ConfigError, DataError, RunError, StorageError
@@ -35,9 +35,10 @@ class Run:
     created: str
     kind: Kind = "train"
 
-    @property
-    def settings(self) -> Recipe:
-        return parse_recipe(self.recipe)
+    def fits(self, manifest: Manifest, recipe: Recipe, kind: Kind) -> bool:
+        """Whether a checkpoint of this run can be trained on with that data and network."""
+        network = recipe.model.model_dump(mode="json")
+        return (self.kind, self.manifest_sha256, self.recipe["model"]) == (kind, manifest.sha256, network)
 
 
 def run_root(name: str) -> str:
@@ -73,10 +74,7 @@ def open_run(
         raise _taken(store, name)
     if mode == "resume":
         old = load_run(store, name)
-        same = (old.kind, old.manifest_sha256, old.recipe["model"]) == (
-            kind, manifest.sha256, run.recipe["model"],
-        )  # fmt: skip
-        if not same:
+        if not old.fits(manifest, recipe, kind):
             remedy = "give the same --data and network as before, or begin anew with --new"
             raise RunError("run-differs", run=name, message="other data, network or verb", remedy=remedy)
         run = Run(**{**asdict(run), "attempt": old.attempt, "created": old.created})
@@ -106,8 +104,12 @@ def refuse_taken(store: Store, name: str, mode: Mode) -> None:
 
     Raises RunError("run-exists").
     """
-    if mode == "fresh" and store.exists(f"{run_root(name)}/run.json"):
+    if mode == "fresh" and run_exists(store, name):
         raise _taken(store, name)
+
+
+def run_exists(store: Store, name: str) -> bool:
+    return store.exists(f"{run_root(name)}/run.json")
 
 
 def _taken(store: Store, name: str) -> RunError:
@@ -117,11 +119,10 @@ def _taken(store: Store, name: str) -> RunError:
 
 def load_run(store: Store, name: str) -> Run:
     """Raises RunError("run-missing") with the names that exist."""
-    key = f"{run_root(name)}/run.json"
-    if not store.exists(key):
+    if not run_exists(store, name):
         known = ", ".join(store.folders("runs/")) or "none"
         raise RunError("run-missing", run=name, store=store.uri, remedy=f"choose one of: {known}")
-    return Run(**store.get_json(key))
+    return Run(**store.get_json(f"{run_root(name)}/run.json"))
 
 
 def load_run_data(store: Store, name: str) -> Manifest:
@@ -139,7 +140,7 @@ def load_run_data(store: Store, name: str) -> Manifest:
 
 def list_runs(store: Store) -> list[tuple[Run, dict[str, Any] | None]]:
     """Every run and its best pointer, oldest first."""
-    names = [name for name in store.folders("runs/") if store.exists(f"{run_root(name)}/run.json")]
+    names = [name for name in store.folders("runs/") if run_exists(store, name)]
     runs = [(load_run(store, name), Checkpoints(store, run_root(name)).best()) for name in names]
     return sorted(runs, key=lambda pair: pair[0].created)
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import SimpleITK as sitk  # noqa: N813
 from servers import BUCKET, s3_client
 
 pytestmark = pytest.mark.slow
+Verb = Callable[..., str]
 
 RECIPE = """
 data:
@@ -26,15 +26,8 @@ segment: {window_zyx: [96, 96, 96]}
 """
 
 
-def lungseg(*arguments: str | Path) -> str:
-    command = [sys.executable, "-m", "lungseg.cli", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
-def chain(s3_server: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def chain(lungseg: Verb, ray_cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A trained run "first" in a bucket, and the folder of its phantoms."""
     folder = tmp_path_factory.mktemp("chain")
     store = "s3://lungseg-test/chain"
@@ -63,7 +56,9 @@ def test_plain_boto3_pulls_a_best_model_that_keras_can_use(chain: tuple[Path, st
     assert ((probability >= 0) & (probability <= 1)).all()
 
 
-def test_the_run_is_listed_pulled_and_evaluated(chain: tuple[Path, str], tmp_path: Path) -> None:
+def test_the_run_is_listed_pulled_and_evaluated(
+    lungseg: Verb, chain: tuple[Path, str], tmp_path: Path
+) -> None:
     _, store = chain
     assert "first" in lungseg("runs", "--store", store)
     lungseg("pull", "--store", store, "--run", "first", "--out", tmp_path / "pulled")
@@ -74,18 +69,20 @@ def test_the_run_is_listed_pulled_and_evaluated(chain: tuple[Path, str], tmp_pat
     assert json.loads(report.read_text())["split"] == "test"
 
 
-def test_scans_are_segmented_onto_their_own_grid(chain: tuple[Path, str], tmp_path: Path) -> None:
+def test_scans_are_segmented_onto_their_own_grid(
+    lungseg: Verb, chain: tuple[Path, str], tmp_path: Path
+) -> None:
     folder, store = chain
-    predict_and_compare([next((folder / "dicom").glob("LIDC-IDRI-*/*/*"))], store, tmp_path)
+    predict_and_compare(lungseg, [next((folder / "dicom").glob("LIDC-IDRI-*/*/*"))], store, tmp_path)
 
 
 def test_real_scans_are_segmented_onto_their_own_grid(
-    chain: tuple[Path, str], real_data: Path, tmp_path: Path
+    lungseg: Verb, chain: tuple[Path, str], real_data: Path, tmp_path: Path
 ) -> None:
-    predict_and_compare([real_data / "ct64", real_data / "ct_c3n00247"], chain[1], tmp_path)
+    predict_and_compare(lungseg, [real_data / "ct64", real_data / "ct_c3n00247"], chain[1], tmp_path)
 
 
-def predict_and_compare(series: list[Path], store: str, out: Path) -> None:
+def predict_and_compare(lungseg: Verb, series: list[Path], store: str, out: Path) -> None:
     """The geometry of each mask is that which ITK's own DICOM reader gives the scan."""
     lungseg("predict", *series, "--store", store, "--run", "first", "--out", out)
     for one in series:
@@ -99,7 +96,9 @@ def predict_and_compare(series: list[Path], store: str, out: Path) -> None:
         assert json.loads((out / one.name / "nodules.json").read_text())["run"] == "first"
 
 
-def test_real_lidc_nodules_go_through_prepare_pairs(real_data: Path, s3_uri: str, tmp_path: Path) -> None:
+def test_real_lidc_nodules_go_through_prepare_pairs(
+    lungseg: Verb, ray_cluster: Any, real_data: Path, s3_uri: str
+) -> None:
     small = ("--set", "data.patch.shape_zyx=[48,48,48]", "--set", "data.patch.positives_per_nodule=2")
     shown = lungseg(
         "prepare", "pairs", real_data / "lidc_crops", "--store", s3_uri, "--data", "crops", *small

@@ -33,7 +33,7 @@ def chest(geometry: Geometry, lungs: bool = True) -> Volume:
     hu = np.full(geometry.shape_zyx, -1000.0)
     hu[((offset / [82, 58, 200]) ** 2).sum(axis=-1) < 1] = 40
     for side in (-38, 38) if lungs else ():
-        hu[(((offset - [side, 0, 0]) / [26, 36, 45]) ** 2).sum(axis=-1) < 1] = -850
+        hu[(((offset - [side, 0, 0]) / [26, 36, 58]) ** 2).sum(axis=-1) < 1] = -850
     for ball in (BALL_MM, WALL_MM):
         hu[np.linalg.norm(place - ball, axis=-1) < 6] = 1000
     return Volume(hu.astype(np.int16), geometry)

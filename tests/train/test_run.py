@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from balls import write_balls
 
-from lungseg.config import Recipe, load_recipe
+from lungseg.config import Recipe, load_recipe, parse_recipe
 from lungseg.data.shards import Manifest
 from lungseg.errors import ConfigError, DataError, RunError, StorageError
 from lungseg.storage import Store, open_store
@@ -45,7 +45,7 @@ def finish_an_epoch(store: Store, name: str, val_dice: float = 0.5) -> str:
 def test_a_fresh_name_is_claimed_with_all_that_makes_the_run(store: Store, manifest: Manifest) -> None:
     run = open_run(store, "r", manifest, recipe(), "fresh")
     assert load_run(store, "r") == run
-    assert run.settings == recipe()
+    assert parse_recipe(run.recipe) == recipe()
     assert (run.data, run.manifest_sha256, run.kind) == ("balls", manifest.sha256, "train")
     assert run.versions["tensorflow"].startswith("2.21")
 
@@ -73,7 +73,7 @@ def test_resume_keeps_the_attempt_and_may_train_longer_and_otherwise(
     longer = recipe("train.epochs=9", "optimizer.learning_rate=0.01", "train.workers=2")
     resumed = open_run(store, "r", manifest, longer, "resume")
     assert (resumed.attempt, resumed.created) == (first.attempt, first.created)
-    assert load_run(store, "r").settings == longer
+    assert parse_recipe(load_run(store, "r").recipe) == longer
 
 
 @pytest.mark.parametrize("what", ["network", "data", "verb"])
