@@ -22,7 +22,7 @@ Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Side = Annotated[int, Field(ge=1, le=1024)]
 Shape = tuple[Side, Side, Side]
-Seed = Annotated[int, Field(ge=0, lt=1 << 32)]
+Seed = Annotated[int, Field(ge=0, lt=1 << 31)]
 Width = Annotated[int, Field(ge=2)]
 
 
