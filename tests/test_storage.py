@@ -5,11 +5,15 @@ from __future__ import annotations
 import pickle
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from faults import fault_proxy
+from servers import S3Server
 
 from lungseg.errors import ConfigError, StorageError
 from lungseg.storage import Store, open_store
+from lungseg.storage.s3 import Patience
 
 
 @pytest.fixture(params=["folder", "s3"])
@@ -48,6 +52,39 @@ def test_of_many_writers_exactly_one_puts_if_absent(store: Store) -> None:
         thread.join()
     assert len(won) == 1
     assert store.get("claim") == str(won[0]).encode()
+
+
+@pytest.mark.parametrize("writer", ["us", "another with other bytes", "another with our bytes"])
+def test_whose_object_it_is_after_a_lost_answer_is_told_by_its_bytes(
+    s3_uri: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, writer: str
+) -> None:
+    """The last case is no mistake that can be avoided, and why a claim holds something random."""
+    if writer != "us":
+        open_store(s3_uri).put("claim", b"ours" if "our" in writer else b"theirs")
+    with fault_proxy(s3_server.endpoint) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        proxy.script["PUT"].append("lose-answer")
+        store = open_store(s3_uri)
+        assert store.put_if_absent("claim", b"ours") == (writer != "another with other bytes")
+        assert [seen.fault for seen in proxy.seen if seen.method == "PUT"] == ["lose-answer", None]
+        # Without a lost answer there is no doubt, whatever the bytes.
+        assert not store.put_if_absent("claim", b"ours")
+
+
+def test_waiting_for_a_server_fills_the_seconds_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("lungseg.storage.s3.time", SimpleNamespace(monotonic=lambda: now))
+    for _ in range(200):
+        waits = []
+        for wait in Patience().waits():
+            now += wait
+            waits.append(wait)
+        assert sum(waits) == pytest.approx(120)  # so a server may be away for longer than it takes to restart
+        assert max(waits) <= 5
+        assert waits[0] <= 0.2
+        assert len(waits) < 100
+    assert len(list(Patience(attempts=3).waits())) == 2
+    assert list(Patience(seconds=0).waits()) == []
 
 
 def test_find_and_folders_see_keys_as_the_layout_has_them(store: Store) -> None:

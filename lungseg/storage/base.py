@@ -34,7 +34,8 @@ class Store(ABC):
 
     @abstractmethod
     def put_if_absent(self, key: str, data: bytes) -> bool:
-        """Write unless the key exists. Of several writers exactly one gets True."""
+        """Write unless the key exists. Of several writers exactly one gets True, provided that their bytes
+        differ: where an answer got lost, equal bytes are taken for one's own."""
 
     @abstractmethod
     def size(self, key: str) -> int | None:
