@@ -21,6 +21,7 @@ from lungseg.errors import LungsegError
 LABELS = ("run", "trial", "rank")
 STEP_SECONDS = Histogram("lungseg_step_seconds", "One training step, all replicas", LABELS)
 DATA_WAIT_SECONDS = Counter("lungseg_data_wait_seconds", "Time the step waited for patches", LABELS)
+CHECKSUM_FAILURES = Counter("lungseg_checksum_failures", "Record batches that came with wrong bytes")
 PATCHES = Counter("lungseg_patches", "Patches trained on by this worker", LABELS)
 TRAIN_LOSS = Gauge("lungseg_train_loss", "Mean training loss of the last epoch", LABELS)
 VAL_DICE = Gauge("lungseg_val_dice", "Dice over the validation patches of the last epoch", LABELS)

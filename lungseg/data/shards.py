@@ -20,6 +20,7 @@ from lungseg.config import Codec
 from lungseg.data.volumes import VolumeEntry
 from lungseg.errors import DataError
 from lungseg.storage import Store, to_json
+from lungseg.telemetry import CHECKSUM_FAILURES
 
 FORMAT = 1
 IGNORE = 255
@@ -122,6 +123,7 @@ def read_record_batch(
         data = store.get(shard.key, place.offset, place.bytes)
         if google_crc32c.value(data) == place.crc32c:
             return pa.ipc.read_record_batch(pa.ipc.read_message(data), layout)
+        CHECKSUM_FAILURES.inc()
         store.renew()
     raise DataError(
         "shard-corrupt",

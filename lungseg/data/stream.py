@@ -6,10 +6,11 @@ wait in memory up to a bound in bytes. The order is that of `order`, whatever ar
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -82,6 +83,7 @@ class PatchStream:
         self._waiting: deque[tuple[int, list[tuple[RowSlice, Decoded]]]] = deque()
         self._newest: tuple[int, Decoded] | None = None
         self._threads: ThreadPoolExecutor | None = None
+        self._failed = threading.Event()
         self.waited_seconds = 0.0
 
     def __enter__(self) -> Self:
@@ -121,8 +123,14 @@ class PatchStream:
         return self._newest[1]
 
     def _load(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        if self._failed.is_set():
+            raise CancelledError  # which nobody sees: the failure comes first in the order
         shard, within = self._batches[number]
-        batch = shards.read_record_batch(self._store, shard, within, self._layout, self._config.refetches)
+        try:
+            batch = shards.read_record_batch(self._store, shard, within, self._layout, self._config.refetches)
+        except BaseException:
+            self._failed.set()  # or each read that waits in line would try a dead store all over again
+            raise
         return shards.tensors(batch, "image"), shards.tensors(batch, "mask")
 
     def _assemble(self, step: int, pieces: list[tuple[RowSlice, tuple[np.ndarray, np.ndarray]]]) -> Batch:
