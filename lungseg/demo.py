@@ -29,7 +29,7 @@ def demo_recipe() -> Recipe:
         {
             "data": {
                 "patch": {
-                    "shape_zyx": [48, 48, 48],
+                    "shape_zyx": [40, 40, 40],
                     "positives_per_nodule": 16,
                     "hard_negatives_per_scan": 32,
                 },
@@ -37,7 +37,7 @@ def demo_recipe() -> Recipe:
                 "shard": {"target_mib": 16},
             },
             "model": {"width": 8, "depth": 4},
-            "train": {"epochs": 8, "steps_per_epoch": 45, "global_batch": 4, "patience_epochs": 8},
+            "train": {"epochs": 6, "steps_per_epoch": 65, "global_batch": 4, "patience_epochs": 6},
             "optimizer": {"learning_rate": 2e-3, "warmup_steps": 20},
             "segment": {"window_zyx": [96, 96, 96]},
         }

@@ -12,6 +12,7 @@ from lungseg.config import SegmentConfig
 from lungseg.data.volume import AIR_HU
 from lungseg.errors import ConfigError, RunError
 
+CONTEXT_VOXELS = 16  # around the lungs' box, for what grows on the pleura
 Predictor = Callable[[np.ndarray], np.ndarray]
 """float32 HU [n, z, y, x, 1] -> float32 probability [n, z, y, x, 1]"""
 
@@ -32,8 +33,9 @@ def predict_volume(
     network's total stride; what it still lacks is filled with air. Every call of `predict` has the same
     shape, `config.batch` windows, so that a graph is traced once.
 
-    With `lungs` (nonzero inside, same grid) and `config.lungs_only`, windows without a lung voxel are not
-    predicted: voxels that lie in no other window get probability 0.
+    With `lungs` (nonzero inside, same grid) and `config.lungs_only`, only the lungs' box and some context
+    around it is tiled, and windows without a lung voxel are not predicted: voxels that lie in no window get
+    probability 0.
     `progress` is called with (windows done, windows in all).
     Raises ConfigError("window-indivisible") and RunError("prediction-not-finite").
     """
@@ -43,6 +45,35 @@ def predict_volume(
             window_zyx=config.window_zyx,
             remedy=f"make every side of segment.window_zyx a multiple of {multiple}, the network's stride",
         )
+    if lungs is None or not config.lungs_only:
+        return _tile(predict, volume_hu, config, None, progress, multiple)
+    total = np.zeros(volume_hu.shape, np.float32)
+    box = _around(lungs)
+    if box:
+        total[box] = _tile(predict, volume_hu[box], config, lungs[box], progress, multiple)
+    return total
+
+
+def _around(lungs: np.ndarray) -> tuple[slice, ...]:
+    """The box of the lungs and CONTEXT_VOXELS more on each side; empty without lungs."""
+    sides = []
+    for axis in range(lungs.ndim):
+        inside = np.flatnonzero(lungs.any(axis=tuple(other for other in range(lungs.ndim) if other != axis)))
+        if not inside.size:
+            return ()
+        first, last = int(inside[0]), int(inside[-1])
+        sides.append(slice(max(0, first - CONTEXT_VOXELS), last + 1 + CONTEXT_VOXELS))
+    return tuple(sides)
+
+
+def _tile(
+    predict: Predictor,
+    volume_hu: np.ndarray,
+    config: SegmentConfig,
+    lungs: np.ndarray | None,
+    progress: Callable[[int, int], None] | None,
+    multiple: int,
+) -> np.ndarray:
     shape = volume_hu.shape
     window = tuple(
         min(side, math.ceil(size / multiple) * multiple)
@@ -53,7 +84,7 @@ def predict_volume(
     ]
     padded = np.pad(volume_hu, margins, constant_values=AIR_HU)
     boxes = _windows(padded.shape, window, config.overlap)
-    if lungs is not None and config.lungs_only:
+    if lungs is not None:
         inside = np.pad(lungs, margins)
         boxes = [box for box in boxes if inside[box].any()]
 
