@@ -12,7 +12,6 @@ import pytest
 from hypothesis import settings
 from servers import BUCKET, REAL_DATA, S3Server, s3_client
 
-
 # In CI the same examples each time: a rare one must be found at a desk, not block what it has no part in.
 settings.register_profile("ci", derandomize=True, deadline=None)
 if os.environ.get("CI"):
