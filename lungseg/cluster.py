@@ -49,14 +49,27 @@ def connect() -> Any:
     atexit.register(relay(path))
     os.environ["LUNGSEG_LOG_FILE"] = path
     try:
-        ray.init(
-            address="local",
-            _node_ip_address="127.0.0.1",
-            include_dashboard=False,
-            object_store_memory=_OBJECT_STORE_BYTES,
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-        )
+        _start_local(ray)
     finally:
         del os.environ["LUNGSEG_LOG_FILE"]
     return ray
+
+
+def _start_local(ray: Any) -> None:
+    """A busy machine may need longer than the 30 s that Ray grants its node to start: then try again."""
+    for attempt in (1, 2, 3):
+        try:
+            ray.init(
+                address="local",
+                _node_ip_address="127.0.0.1",
+                include_dashboard=False,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                logging_level=logging.ERROR,
+                log_to_driver=False,
+            )
+            return
+        except Exception as error:
+            if attempt == 3 or "timed out during startup" not in str(error):
+                raise
+            log("cluster").warning("Ray did not start in time, trying again: %s", error)
+            ray.shutdown()
