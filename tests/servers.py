@@ -95,4 +95,5 @@ def s3_client() -> Any:
     config = Config(
         request_checksum_calculation="when_required", response_checksum_validation="when_required"
     )
-    return boto3.client("s3", config=config)
+    # A session of its own: the default one keeps the credentials that it was first made with.
+    return boto3.session.Session().client("s3", config=config)
