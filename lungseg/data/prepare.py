@@ -22,7 +22,7 @@ from lungseg.data import patches, shards
 from lungseg.data.case import Case, LabelledScan
 from lungseg.data.lungs import lung_mask
 from lungseg.data.order import permutation
-from lungseg.data.shards import FORMAT, IGNORE, Manifest, Patch, Shard
+from lungseg.data.shards import FORMAT, IGNORE, POSITIVE, Manifest, Patch, Shard
 from lungseg.data.volume import AIR_HU, Volume, resample, resample_onto, vector
 from lungseg.data.volumes import StoredVolume, VolumeEntry, write_volume
 from lungseg.errors import DataError, LungsegError
@@ -261,7 +261,7 @@ def _shards(
     config: DataConfig,
 ) -> tuple[Shard, ...]:
     mine = {d.case_id: d for d in done if split_of[d.case_id] == split and d.work}
-    rows = [(c, row, s == "nodule") for c, d in mine.items() for row, s in enumerate(d.strata)]
+    rows = [(c, row, s == POSITIVE) for c, d in mine.items() for row, s in enumerate(d.strata)]
     patch_bytes = 3 * int(np.prod(config.patch.shape_zyx))
     per_shard = max(1, (config.shard.target_mib << 20) // (patch_bytes * config.shard.rows_per_batch))
     plan = plan_shards(rows, config.shard.rows_per_batch, per_shard, config.shard.seed)
@@ -286,13 +286,23 @@ def _shard_task(
     work: dict[str, Shard],
     config: DataConfig,
 ) -> Shard:
-    layout = shards.schema(config.patch.shape_zyx)
+    """One shard, or what an earlier, killed job committed of it."""
+    shape, codec = config.patch.shape_zyx, config.shard.codec
+    wanted = _fingerprint([codec, shape, batches, {case: shard.sha256 for case, shard in work.items()}])
+    committed = f"{key.replace('/shards/', '/work/shards/')}.json"
+    if store.exists(committed):
+        tree = store.get_json(committed)
+        if tree["fingerprint"] == wanted and store.size(key) == tree["shard"]["bytes"]:
+            return Shard.from_json(tree["shard"])
 
     def load(case: str, row: int) -> Patch:
-        return shards.patch_of(shards.read_record_batch(store, work[case], row, layout), 0)
+        source = work[case]
+        return shards.patches_of(shards.fetch(store, source, row), shape, source.codec)[0]
 
     groups = ([load(case, row) for case, row in batch] for batch in batches)
-    return shards.write_shard(store, key, groups, config.patch.shape_zyx, config.shard.codec)
+    shard = shards.write_shard(store, key, groups, shape, codec)
+    store.put_json(committed, {"fingerprint": wanted, "shard": asdict(shard)})
+    return shard
 
 
 def _counts(done: Sequence[Prepared]) -> dict[str, int]:

@@ -3,12 +3,17 @@
 A record batch of a few patches is the unit of I/O and of integrity: the manifest knows offset, bytes,
 rows and crc32c of each, so a reader fetches it with one ranged GET and needs neither the file's footer
 nor its neighbours. Arrow IPC itself does not notice a flipped bit.
+
+A shard's codec says how its voxels lie in it. "lz4" and "zstd" compress whole columns. The noise of CT
+sits in the low bytes of its int16, so LZ4 alone finds nothing; the "planes-" codecs store the low bytes of
+a patch and then its high bytes as a uint8 tensor [2, z, y, x], of which the second plane nearly vanishes.
+"raw" leaves images as they are, and only squeezes masks.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,14 +22,16 @@ import numpy as np
 import pyarrow as pa
 
 from lungseg.config import Codec
+from lungseg.data.patches import STRATA
 from lungseg.data.volumes import VolumeEntry
 from lungseg.errors import DataError
 from lungseg.storage import Store, to_json
 from lungseg.telemetry import CHECKSUM_FAILURES
 
-FORMAT = 1
+FORMAT = 2
 IGNORE = 255
 """Value of mask voxels that are neither target nor background."""
+POSITIVE = STRATA[0]
 
 
 @dataclass(frozen=True)
@@ -42,11 +49,12 @@ class Patch:
 
 @dataclass(frozen=True)
 class RecordBatch:
-    """Where a record batch lies in its shard."""
+    """Where a record batch lies in its shard; of its rows so many are patches of nodules."""
 
     offset: int
     bytes: int
     rows: int
+    positives: int
     crc32c: int
 
 
@@ -55,20 +63,25 @@ class Shard:
     key: str
     bytes: int
     sha256: str
+    codec: Codec
     batches: tuple[RecordBatch, ...]
 
     @staticmethod
     def from_json(tree: dict[str, Any]) -> Shard:
-        batches = tuple(RecordBatch(**batch) for batch in tree["batches"])
-        return Shard(tree["key"], tree["bytes"], tree["sha256"], batches)
+        return Shard(**{**tree, "batches": tuple(RecordBatch(**batch) for batch in tree["batches"])})
 
 
-def schema(shape_zyx: Sequence[int]) -> pa.Schema:
+def schema(shape_zyx: Sequence[int], codec: Codec) -> pa.Schema:
     """Columns of a shard whose patches have `shape_zyx` voxels."""
+    shape = list(shape_zyx)
+    planes = codec.startswith("planes")
     return pa.schema(
         {
-            "image": pa.fixed_shape_tensor(pa.int16(), list(shape_zyx)),
-            "mask": pa.fixed_shape_tensor(pa.uint8(), list(shape_zyx)),
+            "image": pa.fixed_shape_tensor(pa.uint8(), [2, *shape])
+            if planes
+            else pa.fixed_shape_tensor(pa.int16(), shape),
+            # Arrow compresses all columns or none; so here each mask is a Zstandard frame of its own.
+            "mask": pa.binary() if codec == "raw" else pa.fixed_shape_tensor(pa.uint8(), shape),
             "case_id": pa.string(),
             "nodule_id": pa.string(),
             "stratum": pa.string(),
@@ -83,20 +96,22 @@ def encode(
 ) -> tuple[bytes, list[RecordBatch]]:
     """An Arrow IPC file with one record batch for each group of patches, and its list of RecordBatch."""
     sink = pa.BufferOutputStream()
-    options = pa.ipc.IpcWriteOptions(compression=None if codec == "raw" else codec, use_threads=False)
-    layout = schema(shape_zyx)
+    compression = None if codec == "raw" else codec.removeprefix("planes-")
+    options = pa.ipc.IpcWriteOptions(compression=compression, use_threads=False)
+    layout = schema(shape_zyx, codec)
     spans = []
     # The writer puts magic (8 bytes) and schema before the first batch, when that is written.
     begin = 8 + layout.serialize().size
     with pa.ipc.new_file(sink, layout, options=options) as writer:
         for group in patches:
             writer.write_batch(_to_arrow(group, layout))
-            spans.append((begin, sink.tell() - begin, len(group)))
+            positives = sum(patch.stratum == POSITIVE for patch in group)
+            spans.append((begin, sink.tell() - begin, len(group), positives))
             begin = sink.tell()
     data = sink.getvalue().to_pybytes()
     batches = [
-        RecordBatch(begin, size, rows, google_crc32c.value(data[begin : begin + size]))
-        for begin, size, rows in spans
+        RecordBatch(begin, size, rows, positives, google_crc32c.value(data[begin : begin + size]))
+        for begin, size, rows, positives in spans
     ]
     return data, batches
 
@@ -107,22 +122,26 @@ def write_shard(
     """Encode and put; the same patches give the same bytes."""
     data, batches = encode(patches, shape_zyx, codec)
     store.put(key, data)
-    return Shard(key, len(data), hashlib.sha256(data).hexdigest(), tuple(batches))
+    return Shard(key, len(data), hashlib.sha256(data).hexdigest(), codec, tuple(batches))
 
 
-def read_record_batch(
-    store: Store, shard: Shard, number: int, layout: pa.Schema, refetches: int = 3
-) -> pa.RecordBatch:
-    """Fetch, verify and decode record batch `number` of a shard.
+def fetch(
+    store: Store,
+    shard: Shard,
+    number: int,
+    refetches: int = 3,
+    get: Callable[[str, int, int], bytes] | None = None,
+) -> bytes:
+    """The verified bytes of record batch `number` of a shard, by `get` or the store's own.
 
     A wrong checksum is fetched again on a new connection, `refetches` times, then
     DataError("shard-corrupt") names shard and offset: wrong bytes never train a model.
     """
     place = shard.batches[number]
     for _ in range(refetches + 1):
-        data = store.get(shard.key, place.offset, place.bytes)
-        if google_crc32c.value(data) == place.crc32c:
-            return pa.ipc.read_record_batch(pa.ipc.read_message(data), layout)
+        data = (get or store.get)(shard.key, place.offset, place.bytes)
+        if is_whole(data, place):
+            return data
         CHECKSUM_FAILURES.inc()
         store.renew()
     raise DataError(
@@ -134,30 +153,62 @@ def read_record_batch(
     )
 
 
-def tensors(batch: pa.RecordBatch, column: str) -> np.ndarray:
-    """A tensor column as one array [row, z, y, x], without a copy."""
-    array: np.ndarray = batch.column(column).to_numpy_ndarray()
-    return array
+def is_whole(data: bytes, place: RecordBatch) -> bool:
+    return len(data) == place.bytes and google_crc32c.value(data) == place.crc32c
 
 
-def patch_of(batch: pa.RecordBatch, row: int) -> Patch:
-    """One row as a Patch."""
-    fields = batch.slice(row, 1).drop_columns(["image", "mask"]).to_pylist()[0]
-    for name in ("centre_lps_mm", "spacing_mm"):
-        fields[name] = tuple(fields[name])
-    return Patch(tensors(batch, "image")[row], tensors(batch, "mask")[row], **fields)
+def decode(data: bytes, shape_zyx: Sequence[int], codec: Codec) -> pa.RecordBatch:
+    """Verified bytes as Arrow columns."""
+    return pa.ipc.read_record_batch(pa.ipc.read_message(data), schema(shape_zyx, codec))
+
+
+def images(batch: pa.RecordBatch) -> np.ndarray:
+    """HU, int16 [row, z, y, x]; without a copy where the codec allows."""
+    array: np.ndarray = batch.column("image").to_numpy_ndarray()
+    if array.dtype == np.int16:
+        return array
+    low, high = array[:, 0], array[:, 1].view(np.int8)
+    hu = np.multiply(high, 256, dtype=np.int16)
+    return np.add(hu, low, out=hu)
+
+
+def masks(batch: pa.RecordBatch, shape_zyx: Sequence[int]) -> np.ndarray:
+    """uint8 [row, z, y, x], values 0, 1 and IGNORE."""
+    column = batch.column("mask")
+    if not pa.types.is_binary(column.type):
+        array: np.ndarray = column.to_numpy_ndarray()
+        return array
+    voxels = int(np.prod(shape_zyx))
+    frames = [pa.decompress(frame.as_buffer(), voxels, "zstd") for frame in column]
+    return np.stack([np.frombuffer(frame, np.uint8).reshape(shape_zyx) for frame in frames])
+
+
+def patches_of(data: bytes, shape_zyx: Sequence[int], codec: Codec) -> list[Patch]:
+    """The rows of a record batch."""
+    batch = decode(data, shape_zyx, codec)
+    voxels = zip(images(batch), masks(batch, shape_zyx), strict=True)
+    rest = batch.drop_columns(["image", "mask"]).to_pylist()
+    for fields in rest:
+        for name in ("centre_lps_mm", "spacing_mm"):
+            fields[name] = tuple(fields[name])
+    return [Patch(image, mask, **fields) for (image, mask), fields in zip(voxels, rest, strict=True)]
 
 
 def _to_arrow(group: Sequence[Patch], layout: pa.Schema) -> pa.RecordBatch:
-    columns = []
-    for field in layout:
-        if field.name in ("image", "mask"):
-            name = "image_hu" if field.name == "image" else "mask"
-            stacked = np.stack([getattr(patch, name) for patch in group])
-            columns.append(pa.FixedShapeTensorArray.from_numpy_ndarray(stacked))
-        else:
-            columns.append(pa.array([getattr(patch, field.name) for patch in group], field.type))
-    return pa.record_batch(columns, schema=layout)
+    def column(field: pa.Field) -> pa.Array:
+        if field.name == "image":
+            stacked = np.stack([patch.image_hu for patch in group]).astype("<i2", copy=False)
+            if layout.field("image").type.value_type == pa.uint8():
+                stacked = np.stack([stacked.astype(np.uint8), (stacked >> 8).astype(np.uint8)], axis=1)
+            return pa.FixedShapeTensorArray.from_numpy_ndarray(stacked)
+        if field.name != "mask":
+            return pa.array([getattr(patch, field.name) for patch in group], field.type)
+        if pa.types.is_binary(field.type):
+            frames = [pa.compress(patch.mask.tobytes(), "zstd", asbytes=True) for patch in group]
+            return pa.array(frames, field.type)
+        return pa.FixedShapeTensorArray.from_numpy_ndarray(np.stack([patch.mask for patch in group]))
+
+    return pa.record_batch([column(field) for field in layout], schema=layout)
 
 
 @dataclass(frozen=True)
@@ -185,7 +236,10 @@ class Manifest:
         return [(shard, number) for shard in self.shards[split] for number in range(len(shard.batches))]
 
     def rows(self, split: str) -> list[int]:
-        return [shard.batches[number].rows for shard, number in self.record_batches(split)]
+        return [batch.rows for shard in self.shards[split] for batch in shard.batches]
+
+    def positives(self, split: str) -> list[int]:
+        return [batch.positives for shard in self.shards[split] for batch in shard.batches]
 
     def held_out(self, split: str) -> tuple[VolumeEntry, ...]:
         """The whole scans of a split. Raises DataError("split-empty") where none are kept."""

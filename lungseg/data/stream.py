@@ -1,7 +1,8 @@
 """Patches from the store as batches of fixed shape, fetched and decoded ahead of the step that needs them.
 
-Record batches are fetched in parallel by ranged GETs, verified and decoded on threads; the next batches
-wait in memory up to a bound in bytes. The order is that of `order`, whatever arrives first.
+Record batches are fetched in parallel by ranged GETs, verified, decoded and put into their batches on
+threads; the next batches wait in memory up to a bound in bytes. The order is that of `order`, whatever
+arrives first.
 """
 
 from __future__ import annotations
@@ -10,20 +11,24 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Self
+from functools import partial
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
 from lungseg.config import StreamConfig
-from lungseg.data import order, shards
+from lungseg.data import order
+from lungseg.data.cache import DiskCache
+from lungseg.data.fetch import Fetcher, Voxels
 from lungseg.data.order import RowSlice
 from lungseg.data.shards import IGNORE, Manifest
 from lungseg.storage import Store
+from lungseg.telemetry import QUEUE_DEPTH, STREAM_PATCHES, STREAM_WAIT_SECONDS
 
-Decoded = Future[tuple[np.ndarray, np.ndarray]]
-"""Images and masks of a record batch that is being fetched."""
+if TYPE_CHECKING:
+    import tensorflow as tf
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,8 @@ class Batch:
 
 
 class PatchStream:
-    """An iterator of `Batch`. Use it in a `with` block: leaving it stops every thread, also on an error.
+    """An iterator of `Batch`. Use it in a `with` block: leaving it stops every thread, also on an error,
+    and cuts off reads that are under way.
 
     Training batches go on for ever from `first_step`; evaluation gives every row once and fills up the
     last batch with rows that are IGNORE throughout, so that shapes stay static and counts stay right.
@@ -60,19 +66,16 @@ class PatchStream:
         first_step: int = 0,
         training: bool = True,
     ) -> None:
-        self._store, self._config = store, config
+        self._store, self._config, self._shape = store, config, manifest.patch_shape_zyx
         self._batches = manifest.record_batches(split)
-        self._layout = shards.schema(manifest.patch_shape_zyx)
-        self._shape = manifest.patch_shape_zyx
+        self._in_use = [shard for shards in manifest.shards.values() for shard in shards]
         self._share = order.rows_per_rank(global_batch, world_size)
         self._first_row = rank * self._share
         place: dict[str, Any] = {"global_batch": global_batch, "rank": rank, "world_size": world_size}
         rows = manifest.rows(split)
-        plan = (
-            order.training_batches(rows, seed=seed, first_step=first_step, **place)
-            if training
-            else order.evaluation_batches(rows, **place)
-        )
+        if training:
+            place |= {"seed": seed, "first_step": first_step, "positives": manifest.positives(split)}
+        plan = (order.training_batches if training else order.evaluation_batches)(rows, **place)
         self._plan = enumerate(plan, first_step)
         # A batch may take a single row of its first and of its last record batch, which wait as a whole.
         rows_held = self._share + 2 * (max(rows, default=1) - 1)
@@ -80,20 +83,23 @@ class PatchStream:
         fits = (config.prefetch_mib << 20) // (rows_held * patch_bytes)
         # Of tiny patches a million would fit; more than keep all threads busy for a while helps nobody.
         self._ahead = min(max(1, fits), 4 * config.threads)
-        self._waiting: deque[tuple[int, list[tuple[RowSlice, Decoded]]]] = deque()
-        self._newest: tuple[int, Decoded] | None = None
-        self._threads: ThreadPoolExecutor | None = None
-        self._failed = threading.Event()
+        self._waiting: deque[_Slot] = deque()
+        self._newest: tuple[int, Future[Voxels]] | None = None
+        self._fetcher: Fetcher | None = None
         self.waited_seconds = 0.0
 
     def __enter__(self) -> Self:
-        self._threads = ThreadPoolExecutor(self._config.threads, thread_name_prefix="lungseg-stream")
+        config = self._config
+        cache = None
+        if config.cache_dir:
+            cache = DiskCache(config.cache_dir, int(config.cache_gib * (1 << 30)), self._in_use)
+        self._fetcher = Fetcher(self._store, self._batches, self._shape, config, cache).__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        assert self._threads is not None
-        self._threads.shutdown(wait=True, cancel_futures=True)
-        self._threads = self._newest = None
+        assert self._fetcher is not None
+        self._fetcher.__exit__()
+        self._fetcher = self._newest = None
         self._waiting.clear()
 
     def __iter__(self) -> Iterator[Batch]:
@@ -101,45 +107,83 @@ class PatchStream:
             self._fill()
             if not self._waiting:
                 return
+            QUEUE_DEPTH.set(sum(slot.ready.done() for slot in self._waiting))
             began = time.perf_counter()
-            step, pieces = self._waiting.popleft()
-            batch = self._assemble(step, [(piece, decoded.result()) for piece, decoded in pieces])
-            self.waited_seconds += time.perf_counter() - began
+            batch = self._waiting.popleft().ready.result()
+            waited = time.perf_counter() - began
+            self.waited_seconds += waited
+            STREAM_WAIT_SECONDS.inc(waited)
+            STREAM_PATCHES.inc(self._share)
             yield batch
 
+    def dataset(self) -> tf.data.Dataset:
+        """The batches, whole, as (step, first row, image_hu, mask) of static shapes; no thread more.
+
+        An error of the stream comes out as tf.errors.OpError that quotes it.
+        """
+        import tensorflow as tf
+
+        shape = (self._share, *self._shape)
+        number = tf.TensorSpec((), tf.int64)
+        signature = (number, number, tf.TensorSpec(shape, tf.int16), tf.TensorSpec(shape, tf.uint8))
+        batches = lambda: ((b.step, b.first_row, b.image_hu, b.mask) for b in self)  # noqa: E731
+        return tf.data.Dataset.from_generator(batches, output_signature=signature)
+
     def _fill(self) -> None:
+        if self._fetcher is None:
+            raise RuntimeError("a PatchStream is iterated inside its `with` block")
         while len(self._waiting) < self._ahead:
             step, pieces = next(self._plan, (-1, None))
             if pieces is None:
                 return
-            self._waiting.append((step, [(piece, self._decoded(piece.record_batch)) for piece in pieces]))
+            slot = _Slot(Batch(step, self._first_row, *self._empty()), pieces)
+            row = 0
+            for piece in pieces:
+                voxels = self._voxels(self._fetcher, piece.record_batch)
+                voxels.add_done_callback(partial(slot.fill, piece, row))
+                row += piece.stop - piece.start
+            self._waiting.append(slot)
 
-    def _decoded(self, number: int) -> Decoded:
-        """The arrays of a record batch, to come; one fetch where it spans two batches."""
-        if self._threads is None:
-            raise RuntimeError("a PatchStream is iterated inside its `with` block")
+    def _empty(self) -> Voxels:
+        shape = (self._share, *self._shape)
+        return np.empty(shape, np.int16), np.empty(shape, np.uint8)
+
+    def _voxels(self, fetcher: Fetcher, number: int) -> Future[Voxels]:
+        """Those of a record batch, to come; one fetch where it spans two batches."""
         if self._newest is None or self._newest[0] != number:
-            self._newest = number, self._threads.submit(self._load, number)
+            self._newest = number, fetcher.submit(number)
         return self._newest[1]
 
-    def _load(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        if self._failed.is_set():
-            raise CancelledError  # which nobody sees: the failure comes first in the order
-        shard, within = self._batches[number]
-        try:
-            batch = shards.read_record_batch(self._store, shard, within, self._layout, self._config.refetches)
-        except BaseException:
-            self._failed.set()  # or each read that waits in line would try a dead store all over again
-            raise
-        return shards.tensors(batch, "image"), shards.tensors(batch, "mask")
 
-    def _assemble(self, step: int, pieces: list[tuple[RowSlice, tuple[np.ndarray, np.ndarray]]]) -> Batch:
-        image = np.zeros((self._share, *self._shape), np.int16)
-        mask = np.full((self._share, *self._shape), IGNORE, np.uint8)
-        row = 0
-        for piece, (images, masks) in pieces:
+class _Slot:
+    """A batch in the making. Its pieces are put in place on the threads that decode them."""
+
+    def __init__(self, batch: Batch, pieces: list[RowSlice]) -> None:
+        self.ready: Future[Batch] = Future()
+        self._batch = batch
+        self._missing = len(pieces)
+        self._lock = threading.Lock()
+        used = sum(piece.stop - piece.start for piece in pieces)
+        batch.image_hu[used:] = 0
+        batch.mask[used:] = IGNORE
+        if not pieces:
+            self.ready.set_result(batch)
+
+    def fill(self, piece: RowSlice, row: int, voxels: Future[Voxels]) -> None:
+        """Copy a piece to its rows; the last one, or the first failure, makes the batch ready."""
+        error = None
+        try:
+            images, masks = voxels.result()
             upto = row + piece.stop - piece.start
-            image[row:upto] = images[piece.start : piece.stop]
-            mask[row:upto] = masks[piece.start : piece.stop]
-            row = upto
-        return Batch(step, self._first_row, image, mask)
+            self._batch.image_hu[row:upto] = images[piece.start : piece.stop]
+            self._batch.mask[row:upto] = masks[piece.start : piece.stop]
+        except BaseException as caught:
+            error = caught
+        with self._lock:
+            self._missing -= 1
+            if self.ready.done():
+                return
+            if error:
+                self.ready.set_exception(error)
+            elif not self._missing:
+                self.ready.set_result(self._batch)

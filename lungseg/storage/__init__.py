@@ -10,11 +10,21 @@ from __future__ import annotations
 from pathlib import Path
 
 from lungseg.errors import ConfigError
-from lungseg.storage.base import Store, StoredObject, to_json
+from lungseg.storage.base import Patience, Read, ReadCancelled, Store, StoredObject, to_json
 from lungseg.storage.folder import FolderStore
 from lungseg.storage.s3 import S3Store
 
-__all__ = ["FolderStore", "S3Store", "Store", "StoredObject", "open_store", "to_json"]
+__all__ = [
+    "FolderStore",
+    "Patience",
+    "Read",
+    "ReadCancelled",
+    "S3Store",
+    "Store",
+    "StoredObject",
+    "open_store",
+    "to_json",
+]
 
 
 def open_store(uri: str | Path) -> Store:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lungseg.errors import StorageError
-from lungseg.storage.base import Store, StoredObject, missing, whole
+from lungseg.storage.base import Read, Store, StoredObject, missing, whole
 
 _TEMPORARY = ".lungseg-tmp-"
 
@@ -35,7 +35,10 @@ class FolderStore(Store):
             remedy = "correct --store or LUNGSEG_STORE, or fill it with `lungseg prepare`"
             raise StorageError("store-missing", store=self.uri, message="no such folder", remedy=remedy)
 
-    def get(self, key: str, start: int = 0, length: int | None = None) -> bytes:
+    def get(self, key: str, start: int = 0, length: int | None = None, read: Read | None = None) -> bytes:
+        read = read or Read()
+        read.attempts += 1
+        read.check()
         try:
             with self._path(key).open("rb") as file:
                 file.seek(start)

@@ -2,85 +2,57 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
-import random
+import re
+import threading
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lungseg.errors import StorageError
-from lungseg.storage.base import Store, StoredObject, missing, whole
+from lungseg.storage.base import Read, Store, StoredObject, missing, truncated, whole
+
+if TYPE_CHECKING:
+    import urllib3
 
 _log = logging.getLogger("lungseg.storage")
-# Not the global generator: a seeded run would have all its workers wait alike, and come back at once.
-_jitter = random.SystemRandom()
-
-
-@dataclass(frozen=True)
-class Patience:
-    """How long a read is tried again, from its first failure on, before it is given up.
-
-    A server that is killed and started again is away for half a minute or more, most of which it spends
-    on electing a leader; two minutes outlive that with a margin, and cost less than a restart of all
-    workers. About 50 attempts fill them, so the bound on attempts only stops what fails at once.
-    """
-
-    attempts: int = 100
-    seconds: float = 120.0
-    first_wait_seconds: float = 0.2
-    longest_wait_seconds: float = 5.0
-    connect_seconds: float = 5.0
-    # Between two pieces of an answer. Stores send the first byte within a second; whatever takes ten
-    # is faster on a new connection, and all GPUs wait for the slowest read.
-    read_seconds: float = 10.0
-
-    def waits(self) -> Iterator[float]:
-        """Seconds to sleep before each further attempt: exponential backoff with full jitter (Brooker,
-        "Exponential Backoff And Jitter", 2015). The last attempt comes no sooner than `seconds` after
-        the first failure, unless `attempts` run out."""
-        deadline = time.monotonic() + self.seconds
-        for failures in range(self.attempts - 1):
-            left = deadline - time.monotonic()
-            if left <= 0:
-                return
-            longest = min(self.longest_wait_seconds, self.first_wait_seconds * 2**failures)
-            yield min(left, _jitter.uniform(0, longest))
-
-
-PATIENCE = Patience()
+_URL_SECONDS = 300.0  # below the ten minutes for which refreshed credentials are still good
 
 
 class S3Store(Store):
-    """Any S3-compatible server; pooled clients, made on first use."""
+    """Any S3-compatible server; pooled clients, made on first use.
 
-    def __init__(self, bucket: str, prefix: str, patience: Patience = PATIENCE) -> None:
+    boto3 does everything but reads. It signs those too, once an object: the ranged GETs behind a presigned
+    URL go through urllib3 alone, which takes half the CPU time of boto3's `get_object` and lets a read be
+    cancelled.
+    """
+
+    remote = True
+
+    def __init__(self, bucket: str, prefix: str) -> None:
         self.bucket, self.prefix = bucket, prefix + "/" if prefix else ""
         self.uri = f"s3://{bucket}/{prefix}".rstrip("/")
-        self.patience = patience
+        self._urls: dict[str, tuple[str, float]] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return S3Store, (self.bucket, self.prefix.rstrip("/"), self.patience)
+        return S3Store, (self.bucket, self.prefix.rstrip("/"))
 
     @cached_property
     def client(self) -> Any:
-        """For everything but reads; botocore repeats what fails."""
-        return _s3_client(attempts=6, connect_seconds=5, read_seconds=60)
+        return _s3_client()
 
     @cached_property
-    def reader(self) -> Any:
-        """For reads, which `get` repeats: botocore's own attempts end where the body begins."""
-        patience = self.patience
-        return _s3_client(1, patience.connect_seconds, patience.read_seconds)
+    def pool(self) -> urllib3.PoolManager:
+        return _pool(self.client.meta.endpoint_url)
 
     def renew(self) -> None:
-        for name in ("client", "reader"):
-            if name in self.__dict__:  # made already
-                getattr(self, name).close()  # reads of other threads that are under way go on
+        if "client" in self.__dict__:  # made already
+            self.client.close()  # reads of other threads that are under way go on
+        if "pool" in self.__dict__:
+            self.pool.clear()
 
     def check(self) -> None:
         next(self.find(), None)
@@ -94,26 +66,75 @@ class S3Store(Store):
             raise self._failure(error, prefix) from error
         return [name[len(self.prefix + prefix) : -1] for name in names]
 
-    def get(self, key: str, start: int = 0, length: int | None = None) -> bytes:
+    def get(self, key: str, start: int = 0, length: int | None = None, read: Read | None = None) -> bytes:
         if length == 0:
             return b""
-        end = "" if length is None else start + length - 1
-        ranged = {} if start == 0 and length is None else {"Range": f"bytes={start}-{end}"}
-        place = {"Bucket": self.bucket, "Key": self.prefix + key, **ranged}
-        waits = self.patience.waits()  # its clock starts with the first failure
-        for attempt in itertools.count(1):
+        read = read or Read()
+        waits = read.patience.waits()  # its clock starts with the first failure
+        while True:
+            read.check()
+            read.attempts += 1
             try:
-                data = self.reader.get_object(**place)["Body"].read()
+                data = self._download(key, start, length, read)
                 break
             except Exception as error:
+                read.check()  # the failure is our own doing
                 wait = next(waits, None) if _may_pass(error) else None
                 if wait is None:
                     raise self._failure(error, key, offset=start) from error
-                if attempt == 1:
-                    _log.warning("reading %s at %d again: %s", key, start, error)
-            self.reader.close()  # what is pooled may lead to a server that is gone
-            time.sleep(wait)
+                if read.attempts == 1:
+                    _log.warning("reading %s at %d again: %s", key, start, _without_url(error))
+            self.pool.clear()  # what is pooled may lead to a server that is gone
+            read.pause(wait)
         return whole(self, key, start, length, data)
+
+    def _download(self, key: str, start: int, length: int | None, read: Read) -> bytes:
+        """One attempt. Raises ClientError for a refusal, as boto3 would."""
+        import urllib3
+        from botocore.exceptions import ClientError
+
+        end = "" if length is None else start + length - 1
+        headers = {} if start == 0 and length is None else {"Range": f"bytes={start}-{end}"}
+        patience = read.patience
+        _Watched.of_thread.read = read
+        try:
+            response = self.pool.request(
+                "GET",
+                self._url(key),
+                headers=headers,
+                timeout=urllib3.Timeout(connect=patience.connect_seconds, read=patience.read_seconds),
+                retries=False,
+                redirect=False,
+                preload_content=False,
+            )
+            try:
+                data: bytes = response.read(decode_content=False)
+            except BaseException:
+                response.close()
+                raise
+            response.release_conn()
+        finally:
+            read.waits_on(None)
+            del _Watched.of_thread.read
+        if response.status not in (200, 206):
+            answer = {
+                "Error": {"Code": _code_of(data)},
+                "ResponseMetadata": {"HTTPStatusCode": response.status},
+            }
+            raise ClientError(answer, "GetObject")
+        return data
+
+    def _url(self, key: str) -> str:
+        """Presigned. The range is not part of what is signed, so one URL serves a whole object."""
+        url, until = self._urls.get(key, ("", 0.0))
+        if time.monotonic() < until:
+            return url
+        if len(self._urls) > 10_000:
+            self._urls.clear()
+        place = {"Bucket": self.bucket, "Key": self.prefix + key}
+        url = self.client.generate_presigned_url("get_object", Params=place, ExpiresIn=3600)
+        self._urls[key] = url, time.monotonic() + _URL_SECONDS
+        return url
 
     def put(self, key: str, data: bytes | Path) -> None:
         try:
@@ -182,6 +203,8 @@ class S3Store(Store):
                 )
             if status == 404:
                 return missing(self, key)
+            if status == 416:
+                return truncated(self, key, "the object ends before", **where)
             if status in (401, 403):
                 remedy = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the bucket's policy"
                 return StorageError("store-refused", store=self.uri, key=key, message=code, remedy=remedy)
@@ -198,32 +221,45 @@ class S3Store(Store):
         ):
             remedy = "check AWS_ENDPOINT_URL and that the server runs, then start the same command again"
             return StorageError(
-                "store-unreachable", store=self.uri, key=key, **where, message=str(error), remedy=remedy
-            )
+                "store-unreachable", store=self.uri, key=key, **where,
+                message=_without_url(error), remedy=remedy,
+            )  # fmt: skip
         raise error
 
 
 def _may_pass(error: Exception) -> bool:
     """Whether the same read may succeed later: no answer or half of one, a server's own failure (5xx), and
     the two 4xx that mean just that (408 request timeout, 429 too many requests)."""
-    from botocore.exceptions import ClientError, ConnectionError, HTTPClientError, IncompleteReadError
+    from botocore.exceptions import ClientError
     from urllib3.exceptions import HTTPError
 
     if isinstance(error, ClientError):
-        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        status = error.response["ResponseMetadata"]["HTTPStatusCode"]
         return status >= 500 or status in (408, 429)
-    return isinstance(error, ConnectionError | HTTPClientError | IncompleteReadError | HTTPError | OSError)
+    return isinstance(error, HTTPError | OSError) and "CERTIFICATE_VERIFY_FAILED" not in str(error)
 
 
-def _s3_client(attempts: int, connect_seconds: float, read_seconds: float) -> Any:
+def _without_url(error: Exception) -> str:
+    """What went wrong, without the query of a presigned URL: whoever has it may read the object."""
+    return str(error).partition("?X-Amz-")[0]
+
+
+def _code_of(body: bytes) -> str:
+    """The code in S3's XML; empty where a proxy on the way answered in its own words."""
+    found = re.search(rb"<Code>(\w+)</Code>", body)
+    return found[1].decode() if found else ""
+
+
+def _s3_client() -> Any:
     import boto3
     from botocore.config import Config
 
     config = Config(
-        connect_timeout=connect_seconds,
-        read_timeout=read_seconds,
+        connect_timeout=5,
+        read_timeout=60,
         max_pool_connections=64,
-        retries={"mode": "standard", "total_max_attempts": attempts},
+        retries={"mode": "standard", "total_max_attempts": 6},
+        signature_version="s3v4",  # also for presigned URLs, where older ways are the default
         # Many S3-compatible servers know no trailing checksums; shards carry their own.
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
@@ -231,3 +267,39 @@ def _s3_client(attempts: int, connect_seconds: float, read_seconds: float) -> An
     )
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
     return boto3.session.Session(region_name=region).client("s3", config=config)
+
+
+class _Watched:
+    """Of a connection: tells the read of this thread which socket it waits on."""
+
+    of_thread = threading.local()
+    sock: Any
+
+    def request(self, *args: Any, **kwargs: Any) -> None:
+        super().request(*args, **kwargs)  # type: ignore[misc]
+        self.of_thread.read.waits_on(self.sock)
+
+
+def _pool(endpoint: str) -> urllib3.PoolManager:
+    """Connections with the proxies and certificates that boto3 would use."""
+    import urllib3
+    from botocore.httpsession import get_cert_path
+    from botocore.session import get_session
+    from botocore.utils import get_environ_proxies
+    from urllib3.connection import HTTPConnection, HTTPSConnection
+
+    class Plain(urllib3.HTTPConnectionPool):
+        ConnectionCls = type("Plain", (_Watched, HTTPConnection), {})
+
+    class Encrypted(urllib3.HTTPSConnectionPool):
+        ConnectionCls = type("Encrypted", (_Watched, HTTPSConnection), {})
+
+    options: dict[str, Any] = {
+        "maxsize": 256,  # connections that are kept; there are never more than threads that read
+        "cert_reqs": "CERT_REQUIRED",
+        "ca_certs": get_session().get_config_variable("ca_bundle") or get_cert_path(True),
+    }
+    proxy = get_environ_proxies(endpoint).get(endpoint.partition(":")[0])
+    pool = urllib3.ProxyManager(proxy, **options) if proxy else urllib3.PoolManager(**options)
+    pool.pool_classes_by_scheme = {"http": Plain, "https": Encrypted}
+    return pool
