@@ -12,8 +12,7 @@ from faults import fault_proxy
 from servers import S3Server
 
 from lungseg.errors import ConfigError, StorageError
-from lungseg.storage import Store, open_store
-from lungseg.storage.s3 import Patience
+from lungseg.storage import Patience, Store, open_store
 
 
 @pytest.fixture(params=["folder", "s3"])
@@ -73,7 +72,7 @@ def test_whose_object_it_is_after_a_lost_answer_is_told_by_its_bytes(
 
 def test_waiting_for_a_server_fills_the_seconds_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
-    monkeypatch.setattr("lungseg.storage.s3.time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr("lungseg.storage.base.time", SimpleNamespace(monotonic=lambda: now))
     for _ in range(200):
         waits = []
         for wait in Patience().waits():

@@ -74,17 +74,18 @@ class DiskCache:
             return
         folder = self._folder / _folder_of(shard)
         try:
-            with self._locked():
-                room = self._reserve(len(data))
-            if not room:
-                self._full_until = time.monotonic() + _FULL_SECONDS
-                return
             folder.mkdir(exist_ok=True)
-            handle, name = tempfile.mkstemp(prefix=_TEMPORARY, dir=folder)
+            with self._locked():
+                if not self._has_room(len(data)):
+                    self._full_until = time.monotonic() + _FULL_SECONDS
+                    return
+                handle, name = tempfile.mkstemp(prefix=_TEMPORARY, dir=folder)
+                os.truncate(handle, len(data))  # so that whoever counts next counts this
             try:
                 with os.fdopen(handle, "wb") as file:
                     file.write(data)
-                os.replace(name, folder / str(place.offset))
+                with self._locked():  # or a count might see neither name
+                    os.replace(name, folder / str(place.offset))
             finally:
                 Path(name).unlink(missing_ok=True)
         except OSError as error:
@@ -97,8 +98,8 @@ class DiskCache:
             fcntl.flock(file, fcntl.LOCK_EX)  # which the kernel lets go of if this process dies
             yield
 
-    def _reserve(self, coming: int) -> bool:
-        """Under the lock: add to the noted total if there is room."""
+    def _has_room(self, coming: int) -> bool:
+        """Under the lock: add to the noted total, which is never below the true one, if there is room."""
         try:
             total = int(self._total.read_text())
         except (OSError, ValueError):

@@ -200,7 +200,7 @@ def _scan_task(store: Store, name: str, case: Case, split: str, config: DataConf
     work = None
     if cut:
         work_key = f"data/{name}/work/{case.case_id}.arrow"
-        work = shards.write_shard(store, work_key, ([p] for p in cut), config.patch.shape_zyx, "lz4")
+        work = shards.write_shard(store, work_key, ([p] for p in cut), config.patch.shape_zyx, "planes-lz4")
     volume = None
     if split != "train":
         volume_key = f"data/{name}/volumes/{split}/{case.case_id}.arrow"

@@ -6,11 +6,20 @@ from collections import Counter
 from collections.abc import Iterable
 from itertools import chain, islice
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lungseg.data.order import RowSlice, evaluation_batches, permutation, steps_per_pass, training_batches
+from lungseg.data.order import (
+    RowSlice,
+    evaluation_batches,
+    permutation,
+    spread,
+    steps_per_pass,
+    training_batches,
+)
+from lungseg.data.prepare import plan_shards
 from lungseg.errors import ConfigError, DataError
 
 Row = tuple[int, int]
@@ -37,22 +46,22 @@ def taken(rows: list[int], count: int, **arguments: int) -> list[list[Row]]:
 
 
 @st.composite
-def splits(draw: st.DrawFn) -> tuple[list[int], int]:
-    """Row counts with at least one global batch of rows."""
+def splits(draw: st.DrawFn) -> tuple[list[int], int, list[int]]:
+    """Row counts with at least one global batch of rows, and how many of each are positive."""
     global_batch = draw(global_batches)
     rows = draw(row_counts.filter(lambda counts: sum(counts) >= global_batch))
-    return rows, global_batch
+    return rows, global_batch, [draw(st.integers(0, count)) for count in rows]
 
 
 @given(splits(), st.integers(0, 2**63 - 1))
 @settings(deadline=None)
 def test_the_ranks_shares_make_the_same_global_batches_at_every_world_size(split, seed):
-    rows, global_batch = split
-    count = 3 * steps_per_pass(rows, global_batch) + 1
-    alone = taken(rows, count, seed=seed, global_batch=global_batch)
+    rows, global_batch, positives = split
+    count = 3 * steps_per_pass(rows, global_batch) + 4
+    common = {"seed": seed, "global_batch": global_batch, "positives": positives}
+    alone = taken(rows, count, **common)
     for world_size in (w for w in range(1, global_batch + 1) if global_batch % w == 0):
-        place = {"seed": seed, "global_batch": global_batch, "world_size": world_size}
-        ranks = [taken(rows, count, rank=rank, **place) for rank in range(world_size)]
+        ranks = [taken(rows, count, rank=r, world_size=world_size, **common) for r in range(world_size)]
         assert {len(batch) for rank in ranks for batch in rank} == {global_batch // world_size}
         assert [joined(shares) for shares in zip(*ranks, strict=True)] == alone
 
@@ -60,31 +69,90 @@ def test_the_ranks_shares_make_the_same_global_batches_at_every_world_size(split
 @given(splits(), st.integers(0, 50))
 @settings(deadline=None)
 def test_a_resumed_run_sees_exactly_the_rest(split, first_step):
-    rows, global_batch = split
-    whole = taken(rows, first_step + 5, seed=3, global_batch=global_batch)
-    assert taken(rows, 5, seed=3, global_batch=global_batch, first_step=first_step) == whole[first_step:]
+    rows, global_batch, positives = split
+    common = {"seed": 3, "global_batch": global_batch, "positives": positives}
+    whole = taken(rows, first_step + 5, **common)
+    assert taken(rows, 5, first_step=first_step, **common) == whole[first_step:]
 
 
 @given(splits(), st.integers(0, 1000))
 @settings(deadline=None)
-def test_a_pass_visits_no_row_twice_and_leaves_out_less_than_a_batch(split, seed):
-    rows, global_batch = split
-    steps = steps_per_pass(rows, global_batch)
-    batches = taken(rows, 3 * steps, seed=seed, global_batch=global_batch)
-    for start in range(0, 3 * steps, steps):
-        seen = [row for batch in batches[start : start + steps] for row in batch]
-        assert set(seen) <= set(every(rows))
-        assert len(seen) == len(set(seen))
-        assert 0 <= sum(rows) - len(seen) < global_batch
+def test_every_pass_visits_every_record_batch_once_and_whole_across_incomplete_batches(split, seed):
+    """Batches are cut from passes without a gap, so the one that a pass cannot fill is filled by the next."""
+    rows, global_batch, positives = split
+    total = sum(rows)
+    count = -(-3 * total // global_batch)
+    batches = taken(rows, count, seed=seed, global_batch=global_batch, positives=positives)
+    assert {len(batch) for batch in batches} == {global_batch}
+    flow = joined(batches)
+    for start in range(0, 3 * total, total):
+        one_pass = flow[start : start + total]
+        assert sorted(one_pass) == every(rows)
+        visits = [number for number, row in one_pass if row == 0]
+        assert len(visits) == len(rows)
+        assert one_pass == [(number, row) for number in visits for row in range(rows[number])]
 
 
-def test_passes_and_seeds_differ_and_every_row_is_left_out_at_times():
+def test_passes_and_seeds_differ_and_a_row_is_in_a_batch_twice_only_where_two_passes_meet():
     rows = [2] * 10
-    batches = taken(rows, 60 * 6, seed=1, global_batch=3)  # 6 batches a pass leave 2 of 20 rows out
-    passes = [joined(batches[start : start + 6]) for start in range(0, 360, 6)]
-    assert len({tuple(one) for one in passes}) == 60
-    assert len({row for one in passes for row in set(every(rows)) - set(one)}) == 20
-    assert passes[0] != joined(taken(rows, 6, seed=2, global_batch=3))
+    batches = taken(rows, 400, seed=1, global_batch=3)  # 60 passes of 20 rows
+    flow = joined(batches)
+    passes = [tuple(flow[start : start + 20]) for start in range(0, 1200, 20)]
+    assert len(set(passes)) == 60
+    assert passes[0] != tuple(joined(taken(rows, 7, seed=2, global_batch=3))[:20])
+    repeated = [step for step, batch in enumerate(batches) if len(set(batch)) < 3]
+    assert repeated
+    assert all(step * 3 // 20 < (step * 3 + 2) // 20 for step in repeated)
+
+
+@given(
+    st.integers(1, 150), st.floats(0, 1), st.integers(1, 8), st.sampled_from([4, 8, 16]), st.integers(0, 999)
+)
+@settings(deadline=None)
+def test_each_global_batch_has_its_share_of_positives(patches, share, per_batch, global_batch, seed):
+    """As `prepare` lays them out: within two record batches' surplus, two more where two passes meet, and
+    whatever record batches that a batch cuts have on the other side of the cut."""
+    positive = [number < round(share * patches) for number in range(patches)]
+    rows = [("c", number, is_positive) for number, is_positive in enumerate(positive)]
+    batches = [batch for shard in plan_shards(rows, per_batch, 1000, seed) for batch in shard]
+    counts, positives = zip(*((len(b), sum(positive[n] for _, n in b)) for b in batches), strict=True)
+    if patches < global_batch:
+        return
+    fair = global_batch * sum(positive) / patches
+    allowed = 4 + 2 * max(positives) + 1
+    for batch in taken(list(counts), 60, seed=seed, global_batch=global_batch, positives=positives):
+        found = sum(positive[batches[number][row][1]] for number, row in batch)
+        assert abs(found - fair) <= allowed
+
+
+def test_a_batch_without_positives_is_rare_where_chance_would_make_it_frequent():
+    """One patch in four is positive: of batches of four, chance alone leaves 0.75^4 = 32 % without one."""
+    positives = [number % 2 for number in range(400)]  # record batches of two patches
+    rows = [("c", row, row % 4 == 3) for row in range(800)]
+    assert [sum(r % 4 == 3 for _, r in b) for b in plan_shards(rows, 2, 999, 0)[0]] != []
+    order = np.concatenate([spread(positives, 0, number) for number in range(20)])
+    found = np.asarray(positives)[order].reshape(-1, 2).sum(axis=1)
+    assert (found == 0).mean() < 0.06
+    assert (found == 2).mean() < 0.06
+
+
+@given(st.lists(st.integers(0, 1), min_size=1, max_size=200), st.integers(0, 999), st.data())
+@settings(deadline=None)
+def test_any_run_of_record_batches_holds_its_share_of_two_classes_to_within_two(positives, seed, data):
+    order = spread(positives, seed, 0)
+    assert sorted(order.tolist()) == list(range(len(positives)))
+    running = np.concatenate([[0], np.cumsum(np.asarray(positives)[order])])
+    start = data.draw(st.integers(0, len(positives)))
+    stop = data.draw(st.integers(start, len(positives)))
+    fair = (stop - start) * sum(positives) / len(positives)
+    assert abs(running[stop] - running[start] - fair) <= 2
+
+
+def test_within_a_class_the_shuffle_is_uniform():
+    """Where record batch 0 of 6 alike comes: chi-square over 3,000 passes, 5 degrees of freedom, 0.1 %."""
+    places = [int(np.flatnonzero(spread([1] * 6, 7, number) == 0)[0]) for number in range(3000)]
+    expected = 500
+    assert sum((places.count(place) - expected) ** 2 / expected for place in range(6)) < 20.5
 
 
 @given(row_counts | st.just([]), global_batches)
@@ -108,8 +176,9 @@ def test_the_order_is_the_same_for_ever():
     assert list(islice(training_batches([2, 2, 2, 1], seed=5, global_batch=3), 3)) == [
         [RowSlice(2, 0, 2), RowSlice(3, 0, 1)],
         [RowSlice(1, 0, 2), RowSlice(0, 0, 1)],
-        [RowSlice(1, 0, 2), RowSlice(0, 0, 1)],
+        [RowSlice(0, 1, 2), RowSlice(1, 0, 2)],
     ]
+    assert spread([1, 0, 1, 0, 1, 0, 0, 2], 3, 1).tolist() == [4, 3, 5, 0, 6, 2, 1, 7]
 
 
 @given(st.integers(0, 300), st.integers(0, 2**63 - 1), st.integers(0, 2**40))

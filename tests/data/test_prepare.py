@@ -20,10 +20,10 @@ import SimpleITK as sitk  # noqa: N813
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lungseg.config import DataConfig, PatchConfig, SplitConfig
+from lungseg.config import DataConfig, PatchConfig, ShardConfig, SplitConfig
 from lungseg.data import pairs, shards
 from lungseg.data.case import LabelledScan, Nodule
-from lungseg.data.prepare import assign_splits, cut_patches, plan_shards, prepare, to_grid
+from lungseg.data.prepare import _shard_task, assign_splits, cut_patches, plan_shards, prepare, to_grid
 from lungseg.data.volume import Geometry, Volume
 from lungseg.data.volumes import read_volume
 from lungseg.errors import DataError
@@ -95,11 +95,12 @@ def times(folder: Path) -> dict[Path, int]:
 
 
 def all_patches(store: Store, manifest: shards.Manifest, split: str) -> list[shards.Patch]:
-    layout = shards.schema(manifest.patch_shape_zyx)
     return [
-        shards.patch_of(shards.read_record_batch(store, shard, number, layout), row)
+        patch
         for shard, number in manifest.record_batches(split)
-        for row in range(shard.batches[number].rows)
+        for patch in shards.patches_of(
+            shards.fetch(store, shard, number), manifest.patch_shape_zyx, shard.codec
+        )
     ]
 
 
@@ -250,6 +251,28 @@ def test_a_killed_job_goes_on_where_it_died_and_gives_the_same_data_set(
     assert contents(store) == contents(undisturbed)
 
 
+def test_a_shard_that_a_killed_job_finished_is_not_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The task that Ray runs, without Ray: what matters is what it finds in the store."""
+    store = open_store(tmp_path)
+    scan = labelled((40, 40, 40), (1.0, 1.0, 1.0))
+    stored, ignore = to_grid(scan, (1.0, 1.0, 1.0))
+    cut = cut_patches("c", scan, stored, ignore, CONFIG.patch)
+    work = shards.write_shard(store, "work", ([one] for one in cut), CONFIG.patch.shape_zyx, "lz4")
+    key, plan = "data/d/shards/train-00000.arrow", [[("c", 0), ("c", 2)], [("c", 1)]]
+    first = _shard_task(store, key, plan, {"c": work}, CONFIG)
+    before = times(tmp_path)
+    assert _shard_task(store, key, plan, {"c": work}, CONFIG) == first
+    assert times(tmp_path) == before
+    # Other patches, another codec, a shard that is gone: written again.
+    assert _shard_task(store, key, plan[::-1], {"c": work}, CONFIG) != first
+    raw = CONFIG.model_copy(update={"shard": ShardConfig(codec="raw")})
+    assert _shard_task(store, key, plan, {"c": work}, raw).codec == "raw"
+    store.delete([key])
+    assert _shard_task(store, key, plan, {"c": work}, raw).bytes == store.size(key)
+
+
 def labelled(shape: tuple[int, int, int], spacing_mm: tuple[float, float, float]) -> LabelledScan:
     """A ball of 6 mm radius as nodule, one of 5 mm beside it to be ignored, where the two overlap both."""
     grid = Geometry(shape, spacing_mm, (-30.0, 12.5, -400.0), AXIAL)
@@ -350,6 +373,8 @@ def test_a_plan_places_every_row_once_with_positives_spread_evenly(
     assert all(len(batch) == per_batch for batch in batches[:-1])
     assert all(len(shard) == per_shard for shard in plan[:-1])
     assert all(shard and all(shard) for shard in plan)
+    # This is what `order` builds on: one class or two of record batches, but for a ragged last one.
+    assert len({sum(strata[place] for place in batch) for batch in batches[:-1]}) <= 2
     fair = sum(strata.values()) / max(1, len(rows))
     for batch in batches:
         assert abs(sum(strata[place] for place in batch) - fair * len(batch)) <= 1

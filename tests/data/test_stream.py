@@ -15,7 +15,7 @@ from lungseg.data.order import evaluation_batches, training_batches
 from lungseg.data.shards import IGNORE, Manifest, Patch, write_shard
 from lungseg.data.stream import Batch, PatchStream
 from lungseg.errors import ConfigError, DataError, LungsegError, StorageError
-from lungseg.storage import FolderStore, Store, open_store
+from lungseg.storage import FolderStore, Read, Store, open_store
 
 SHAPE = (2, 3, 4)
 # Two shards of a split, with ragged last record batches: 11 patches.
@@ -75,10 +75,10 @@ class SlowStore(FolderStore):
         self.seconds = seconds
         self.begun: list[tuple[str, int]] = []
 
-    def get(self, key: str, start: int = 0, length: int | None = None) -> bytes:
+    def get(self, key: str, start: int = 0, length: int | None = None, read: Read | None = None) -> bytes:
         self.begun.append((key, start))
         time.sleep(self.seconds)
-        return super().get(key, start, length)
+        return super().get(key, start, length, read)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
