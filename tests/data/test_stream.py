@@ -234,6 +234,35 @@ def test_prefetching_keeps_to_its_bound_and_fetches_no_record_batch_twice_in_a_r
         assert len(set(store.begun)) == len(store.begun)
 
 
+def test_tf_data_gets_whole_batches_of_static_shapes(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    manifest = filled(store)
+    order = {"global_batch": 4, "rank": 1, "world_size": 2, "seed": 2}
+    with PatchStream(store, manifest, "train", CONFIG, **order) as stream:
+        data = stream.dataset().prefetch(2)
+        assert [spec.shape.as_list() for spec in data.element_spec] == [[], [], [2, *SHAPE], [2, *SHAPE]]
+        elements = list(data.take(9).as_numpy_iterator())
+    assert [int(step) for step, *_ in elements] == list(range(9))
+    batches = [Batch(int(step), int(row), image, mask) for step, row, image, mask in elements]
+    assert {batch.first_row for batch in batches} == {2}
+    assert [numbers_of(batch) for batch in batches] == expected(training_batches(ROWS, **order), 9)
+    assert not our_threads()
+
+
+def test_tf_data_quotes_the_error_of_the_stream_and_ends_with_it(tmp_path: Path) -> None:
+    import tensorflow as tf
+
+    store = open_store(tmp_path)
+    manifest = filled(store)
+    shard = manifest.shards["val"][1]
+    store.delete([shard.key])
+    with PatchStream(store, manifest, "val", CONFIG, global_batch=2, training=False) as stream:
+        data = iter(stream.dataset())
+        with pytest.raises(tf.errors.OpError, match=f"object-missing.*{shard.key}"):
+            list(data)
+    assert not our_threads()
+
+
 def test_a_stream_outside_its_with_block_says_so(tmp_path: Path) -> None:
     store = open_store(tmp_path)
     with pytest.raises(RuntimeError, match="`with` block"):

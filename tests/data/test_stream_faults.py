@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import random
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -19,7 +22,7 @@ from servers import BUCKET, S3Server, s3_client
 
 from lungseg.config import StreamConfig
 from lungseg.data.order import training_batches
-from lungseg.data.shards import Manifest, Patch, write_shard
+from lungseg.data.shards import Manifest, Patch, manifest_key, write_shard
 from lungseg.data.stream import PatchStream
 from lungseg.errors import DataError, LungsegError, StorageError
 from lungseg.storage import Patience, Read, S3Store, Store, open_store
@@ -164,6 +167,46 @@ def test_a_fault_that_stays_ends_in_an_error_that_names_object_and_offset(
     # Reads behind it in line are not begun, or the error would come after a second round of patience.
     assert len({(seen.path, seen.range) for seen in bad_network.proxy.seen}) == 2
     assert not our_threads()
+
+
+READER = """
+import sys
+from lungseg.config import StreamConfig
+from lungseg.data.shards import load_manifest
+from lungseg.data.stream import PatchStream
+from lungseg.storage import open_store
+store, config = open_store(sys.argv[1]), StreamConfig(threads=3, cache_dir=sys.argv[2])
+with PatchStream(store, load_manifest(store, "d"), "train", config, global_batch=4) as stream:
+    for batch in stream:
+        print(batch.step, flush=True)
+"""
+
+
+@pytest.mark.parametrize("fault", ["stall", "slow-first-byte", "503"])
+def test_ctrl_c_ends_a_process_at_once_whatever_its_reads_wait_for(
+    bad_network: Setting, tmp_path: Path, fault: Fault
+) -> None:
+    bad_network.store.put(manifest_key("d"), bad_network.manifest.to_bytes())
+    bad_network.proxy.late_seconds = 60
+    bad_network.proxy.script["GET"].extend([None] * 5)  # the manifest (twice) and three record batches
+    bad_network.proxy.always["GET"] = fault
+    command = [sys.executable, "-c", READER, bad_network.store.uri, str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "0\n"
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        began = time.monotonic()
+        _, errors = process.communicate(timeout=10)
+        assert time.monotonic() - began < 3
+        assert process.returncode == -signal.SIGINT  # what Python makes of a KeyboardInterrupt
+        assert errors.strip().endswith("KeyboardInterrupt")
+    finally:
+        process.kill()
+    names = {path.name for path in tmp_path.rglob("*") if path.is_file()}
+    offsets = {str(b.offset) for shard in bad_network.manifest.shards["train"] for b in shard.batches}
+    assert names <= {"lock", "bytes", *offsets}
 
 
 def test_a_refusal_is_not_asked_again(bad_network: Setting) -> None:
