@@ -69,7 +69,8 @@ class ShardConfig(_Frozen):
     """How patches lie in object storage."""
 
     target_mib: int = Field(128, ge=1, le=1024, description="MiB of one shard, before compression")
-    rows_per_batch: int = Field(2, ge=1, description="patches in a record batch, the unit of I/O")
+    rows_per_batch: int = Field(2, ge=1, description="patches in a record batch, the unit of the shuffle")
+    batches_per_get: int = Field(4, ge=1, description="adjacent record batches that one GET fetches")
     codec: Codec = Field("planes-lz4", description="of images; planes: low and high bytes apart")
     seed: Seed = Field(0, description="of the shuffle over all scans")
 

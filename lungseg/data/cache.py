@@ -1,11 +1,11 @@
-"""Fetched record batches on a node's own disk, so that an epoch need not come over the network twice.
+"""Fetched extents on a node's own disk, so that an epoch need not come over the network twice.
 
 One folder serves all workers of a node, also of several runs and after a restart. An entry is a file named
 by what it must contain: it is written under a temporary name and renamed when whole, its reader verifies
 it again, and it may vanish at any time. So the only thing that processes must agree on is how many bytes
 there are: a file lock guards that number.
 
-A pass reads every record batch once, in another order each time. Evicting what was used longest ago would
+A pass reads every extent once, in another order each time. Evicting what was used longest ago would
 then throw away what comes next: of a data set twice the cache's size 15 % would be found again. Whatever is
 kept and simply stays is found at its share of the data set, 50 %. So a full cache takes nothing more of a
 data set; it evicts only what no run has read for an hour.
@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from lungseg.data.shards import RecordBatch, Shard, is_whole
+from lungseg.data.shards import Extent, Shard
 from lungseg.errors import ConfigError
 from lungseg.telemetry import CHECKSUM_FAILURES, log
 
@@ -32,7 +32,7 @@ _FULL_SECONDS = 60  # for which a cache found full is not looked through again
 
 
 class DiskCache:
-    """At most `limit_bytes` of record batches; those of `shards`, the data set in use, are never evicted."""
+    """At most `limit_bytes` of extents; those of `shards`, the data set in use, are never evicted."""
 
     def __init__(self, folder: Path, limit_bytes: int, shards: Iterable[Shard]) -> None:
         self._folder, self._limit = folder.expanduser().absolute(), limit_bytes
@@ -54,43 +54,46 @@ class DiskCache:
             remedy = "set stream.cache_dir to a folder that this user may write to, or to null"
             raise ConfigError("cache-dir", folder=self._folder, message=str(error), remedy=remedy) from error
 
-    def get(self, shard: Shard, place: RecordBatch) -> bytes | None:
+    def get(self, extent: Extent) -> bytes | None:
         """The verified bytes, or None. An entry whose bytes have changed is counted and removed."""
-        path = self._folder / _folder_of(shard) / str(place.offset)
+        path = self._path(extent)
         try:
             data = path.read_bytes()
             os.utime(path)
         except OSError:  # not there, or evicted just now
             return None
-        if is_whole(data, place):
+        if extent.damage(data) is None:
             return data
         CHECKSUM_FAILURES.inc()
         path.unlink(missing_ok=True)
         return None
 
-    def put(self, shard: Shard, place: RecordBatch, data: bytes) -> None:
+    def put(self, extent: Extent, data: bytes) -> None:
         """Keep verified bytes if there is room. A disk that is full or broken costs only the benefit."""
         if time.monotonic() < self._full_until:
             return
-        folder = self._folder / _folder_of(shard)
+        path = self._path(extent)
         try:
-            folder.mkdir(exist_ok=True)
+            path.parent.mkdir(exist_ok=True)
             with self._locked():
                 if not self._has_room(len(data)):
                     self._full_until = time.monotonic() + _FULL_SECONDS
                     return
-                handle, name = tempfile.mkstemp(prefix=_TEMPORARY, dir=folder)
+                handle, name = tempfile.mkstemp(prefix=_TEMPORARY, dir=path.parent)
                 os.truncate(handle, len(data))  # so that whoever counts next counts this
             try:
                 with os.fdopen(handle, "wb") as file:
                     file.write(data)
                 with self._locked():  # or a count might see neither name
-                    os.replace(name, folder / str(place.offset))
+                    os.replace(name, path)
             finally:
                 Path(name).unlink(missing_ok=True)
         except OSError as error:
             self._full_until = float("inf")
             log("cache").warning("nothing more is cached in %s: %s", self._folder, error)
+
+    def _path(self, extent: Extent) -> Path:
+        return self._folder / _folder_of(extent.shard) / f"{extent.offset}-{extent.length}"
 
     @contextmanager
     def _locked(self) -> Iterator[None]:

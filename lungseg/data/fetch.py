@@ -1,4 +1,4 @@
-"""Record batches by number, fetched, verified and decoded on threads.
+"""Record batches by number: fetched an extent at a time, verified, and decoded on threads.
 
 A read that takes far longer than others get a second one beside it, and the first answer counts (Dean and
 Barroso, "The Tail at Scale", 2013): all GPUs wait for the slowest read. Reads that are no longer wanted,
@@ -7,9 +7,10 @@ the slower one of two or all of them when the stream ends, are cut off at their 
 
 from __future__ import annotations
 
+import os
 import threading
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from functools import partial
@@ -20,7 +21,7 @@ import numpy as np
 from lungseg.config import StreamConfig
 from lungseg.data import shards
 from lungseg.data.cache import DiskCache
-from lungseg.data.shards import Shard
+from lungseg.data.shards import Extent, RecordBatch
 from lungseg.errors import LungsegError
 from lungseg.storage import Patience, Read, ReadCancelled, Store
 from lungseg.telemetry import (
@@ -37,21 +38,32 @@ Voxels = tuple[np.ndarray, np.ndarray]
 
 
 class Fetcher:
-    """Use it in a `with` block: leaving it cuts off what is under way and joins every thread."""
+    """Use it in a `with` block: leaving it cuts off what is under way and joins every thread.
+
+    At most `open_extents` that are fetched, or on their way, are kept for further requests; in the order of
+    `order` all that is wanted of an extent is wanted within one window of it.
+    """
 
     def __init__(
         self,
         store: Store,
-        batches: Sequence[tuple[Shard, int]],
+        extents: Sequence[Extent],
         shape_zyx: tuple[int, int, int],
         config: StreamConfig,
         cache: DiskCache | None,
+        open_extents: int,
     ) -> None:
-        self._store, self._batches, self._shape = store, batches, shape_zyx
-        self._refetches, self._cache = config.refetches, cache
+        self._store, self._shape, self._cache = store, shape_zyx, cache
+        self._refetches, self._most_open = config.refetches, open_extents
+        self._extents = extents
+        self._place_of = [(number, batch) for number, e in enumerate(extents) for batch in e.batches]
         patience = Patience(config.retry_seconds, config.connect_seconds, config.read_seconds)
         self._reads = Reads(store, patience, config.hedge_factor)
-        self._threads = ThreadPoolExecutor(config.threads, thread_name_prefix="lungseg-stream")
+        self._readers = ThreadPoolExecutor(config.threads, thread_name_prefix="lungseg-stream-read")
+        # Decoding holds a core and not the network: more threads than cores would only take turns.
+        cores = len(os.sched_getaffinity(0))
+        self._decoders = ThreadPoolExecutor(min(4, cores), thread_name_prefix="lungseg-stream-decode")
+        self._open: OrderedDict[int, _Fetched] = OrderedDict()
         self._failed = threading.Event()
 
     def __enter__(self) -> Self:
@@ -62,36 +74,90 @@ class Fetcher:
 
     def __exit__(self, *_: object) -> None:
         self._reads.stop()
-        self._threads.shutdown(wait=True, cancel_futures=True)
+        self._readers.shutdown(wait=True, cancel_futures=True)
+        self._decoders.shutdown(wait=True, cancel_futures=True)
+        self._open.clear()
 
     def submit(self, number: int) -> Future[Voxels]:
         """The voxels of a record batch, to come. After the first failure all others are cancelled."""
-        return self._threads.submit(self._load, number)
+        of, batch = self._place_of[number]
+        extent, voxels = self._extents[of], Future[Voxels]()
+        if of not in self._open:
+            self._open[of] = fetched = _Fetched()
+            self._readers.submit(self._bytes, extent).add_done_callback(fetched.arrive)
+            if len(self._open) > self._most_open:
+                self._open.popitem(last=False)
+        self._open[of].then(partial(self._hand_on, extent, batch, voxels))
+        return voxels
 
-    def _load(self, number: int) -> Voxels:
+    def _hand_on(
+        self, extent: Extent, batch: RecordBatch, voxels: Future[Voxels], data: bytes | BaseException
+    ) -> None:
+        try:
+            if isinstance(data, BaseException):
+                raise data
+            self._decoders.submit(self._decode, extent, batch, voxels, data)
+        except BaseException as error:  # of the read, or the stream has ended
+            voxels.set_exception(error)
+
+    def _decode(self, extent: Extent, batch: RecordBatch, voxels: Future[Voxels], data: bytes) -> None:
+        try:
+            columns = shards.decode(extent.part(data, batch), self._shape, extent.shard.codec)
+            found = shards.images(columns), shards.masks(columns, self._shape)
+        except BaseException as error:
+            voxels.set_exception(error)
+        else:
+            voxels.set_result(found)
+
+    def _bytes(self, extent: Extent) -> bytes:
         if self._failed.is_set():
             raise CancelledError  # which nobody sees: the failure comes first in the order
-        shard, within = self._batches[number]
         try:
-            batch = shards.decode(self._bytes(shard, within), self._shape, shard.codec)
-            return shards.images(batch), shards.masks(batch, self._shape)
+            return self._cached(extent) if self._cache else self._fetch(extent)
         except BaseException:
             self._failed.set()  # or each read that waits in line would try a dead store all over again
             raise
 
-    def _bytes(self, shard: Shard, within: int) -> bytes:
-        fetch = partial(shards.fetch, self._store, shard, within, self._refetches, self._reads.get)
-        if not self._cache:
-            return fetch()
-        place = shard.batches[within]
-        data = self._cache.get(shard, place)
+    def _cached(self, extent: Extent) -> bytes:
+        assert self._cache is not None
+        data = self._cache.get(extent)
         if data is not None:
             CACHE_HITS.inc()
             return data
         CACHE_MISSES.inc()
-        data = fetch()
-        self._cache.put(shard, place, data)
+        data = self._fetch(extent)
+        self._cache.put(extent, data)
         return data
+
+    def _fetch(self, extent: Extent) -> bytes:
+        return shards.fetch(self._store, extent, self._refetches, self._reads.get)
+
+
+class _Fetched:
+    """The bytes of an extent, or why there are none, and who waits for them. A Future would keep its
+    callbacks, and through them every batch that was ever cut from the extent."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._outcome: bytes | BaseException | None = None
+        self._waiting: list[Callable[[bytes | BaseException], None]] = []
+
+    def then(self, call: Callable[[bytes | BaseException], None]) -> None:
+        with self._lock:
+            if self._outcome is None:
+                self._waiting.append(call)
+                return
+        call(self._outcome)
+
+    def arrive(self, done: Future[bytes]) -> None:
+        try:
+            outcome: bytes | BaseException = done.result()
+        except BaseException as error:  # also of one that was cancelled
+            outcome = error
+        with self._lock:
+            self._outcome, waiting, self._waiting = outcome, self._waiting, []
+        for call in waiting:
+            call(outcome)
 
 
 class _Race:

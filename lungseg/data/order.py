@@ -5,8 +5,13 @@ order. The rows of all passes, laid end to end without a gap, are cut into globa
 and every rank takes its contiguous share of each. So no batch is ever incomplete and no row is left out:
 what a pass leaves over, fewer rows than one global batch, begins the batch that the next pass goes on with.
 
-The shuffle spreads the positives: every run of record batches holds the share of them that the whole split
-has, to within about one record batch's, so no global batch is without them by bad luck.
+One GET fetches an *extent*, a few adjacent record batches, since a store answers few large requests sooner
+than many small ones. Extents are shuffled and then woven: a global batch has as many lanes as record
+batches fit into it, each lane walks through an extent of its own, and all of them together fill the batch.
+A rank owns whole lanes, and so whole extents, however many ranks there are.
+
+The shuffle spreads the positives over the pass, and each lane begins its extent at another phase, so that
+no global batch is without them by bad luck.
 """
 
 from __future__ import annotations
@@ -42,30 +47,6 @@ def steps_per_pass(rows: Sequence[int], global_batch: int) -> int:
     return steps
 
 
-def permutation(count: int, seed: int, pass_number: int) -> np.ndarray:
-    """A shuffle of range(count). Philox's raw stream is fixed for ever (NEP 19), unlike
-    Generator.permutation, so a run can be resumed under another NumPy."""
-    return np.argsort(_draws(count, seed, pass_number), kind="stable")
-
-
-def spread(positives: Sequence[int], seed: int, pass_number: int) -> np.ndarray:
-    """A shuffle of record batches with these numbers of positives that deals them out evenly.
-
-    Record batches of equal number form a class. Each class is shuffled and laid evenly over the pass, from
-    a random beginning; so in every run of k record batches the k/n-th part of a class is found, to within
-    two for two classes (which is what `prepare` makes, but for a ragged last one).
-    """
-    kinds, kind_of = np.unique(np.asarray(positives, np.int64), return_inverse=True)
-    draws = _draws(len(positives) + len(kinds), seed, pass_number)
-    begins = (draws[len(positives) :] >> np.uint64(11)).astype(np.float64) / 2**53
-    place = np.empty(len(positives))
-    for kind, begin in enumerate(begins):
-        members = np.flatnonzero(kind_of == kind)
-        shuffled = members[np.argsort(draws[members], kind="stable")]
-        place[shuffled] = (np.arange(len(members)) + begin) / len(members)
-    return np.argsort(place, kind="stable")
-
-
 def training_batches(
     rows: Sequence[int],
     *,
@@ -75,19 +56,21 @@ def training_batches(
     world_size: int = 1,
     first_step: int = 0,
     positives: Sequence[int] | None = None,
+    extents: Sequence[int] | None = None,
 ) -> Iterator[list[RowSlice]]:
     """This rank's share of global batch `first_step`, `first_step + 1`, … without end.
 
-    `positives` are those of each record batch; without them the shuffle knows of none.
+    `rows`, `positives` and `extents` are those of each record batch: how many rows it has, how many of them
+    are positive (default: unknown), and the number of its extent (default: each is its own).
     Raises at once DataError("too-few-patches"), ConfigError("world-size") if the batch does not divide.
     """
     share = rows_per_rank(global_batch, world_size)
     steps_per_pass(rows, global_batch)
-    total, kinds = sum(rows), positives or [0] * len(rows)
+    total = sum(rows)
 
     @lru_cache(maxsize=2)
     def laid_out(pass_number: int) -> tuple[np.ndarray, np.ndarray]:
-        order = spread(kinds, seed, pass_number)
+        order = pass_order(rows, positives, extents, global_batch, seed, pass_number)
         return order, np.cumsum(np.asarray(rows)[order])
 
     def batch(start: int, stop: int) -> list[RowSlice]:
@@ -109,14 +92,22 @@ def training_batches(
 
 
 def evaluation_batches(
-    rows: Sequence[int], *, global_batch: int, rank: int = 0, world_size: int = 1
+    rows: Sequence[int],
+    *,
+    global_batch: int,
+    rank: int = 0,
+    world_size: int = 1,
+    extents: Sequence[int] | None = None,
 ) -> Iterator[list[RowSlice]]:
-    """Every row once, unshuffled; at the end a rank may get fewer rows than its share, or none.
+    """Every row once, not shuffled, but woven; at the end a rank may get fewer rows than its share, or none.
 
     Raises at once ConfigError("world-size") if the batch does not divide.
     """
     share = rows_per_rank(global_batch, world_size)
-    order, ends, total = np.arange(len(rows)), np.cumsum(rows), sum(rows)
+    numbers = np.arange(len(rows))
+    extent_of = numbers if extents is None else np.asarray(extents)
+    order = _weave(extent_of, extent_of, numbers, _lanes(rows, global_batch))
+    ends, total = np.cumsum(np.asarray(rows, np.int64)[order]), sum(rows)
     starts = (min(first + rank * share, total) for first in range(0, total, global_batch))
     return (_cut(order, ends, start, min(start + share, total)) for start in starts)
 
@@ -138,9 +129,87 @@ def rows_per_rank(global_batch: int, world_size: int) -> int:
     return global_batch // world_size
 
 
-def _draws(count: int, seed: int, pass_number: int) -> np.ndarray:
-    key = np.array([seed, pass_number], dtype=np.uint64)
-    return np.asarray(np.random.Philox(key=key).random_raw(count), np.uint64)
+def permutation(count: int, seed: int, pass_number: int) -> np.ndarray:
+    """A shuffle of range(count). Philox's raw stream is fixed for ever (NEP 19), unlike
+    Generator.permutation, so a run can be resumed under another NumPy."""
+    return np.argsort(_Draws(seed, pass_number)(count), kind="stable")
+
+
+def pass_order(
+    rows: Sequence[int],
+    positives: Sequence[int] | None,
+    extents: Sequence[int] | None,
+    global_batch: int,
+    seed: int,
+    pass_number: int,
+) -> np.ndarray:
+    """The numbers of all record batches in the order of a pass.
+
+    Extents come first in which as many rows lie as in any, so that the lanes stay with the ranks for as
+    long as possible.
+    """
+    count, draws = len(rows), _Draws(seed, pass_number)
+    kinds = np.unique([0] * count if positives is None else positives, return_inverse=True)[1]
+    extent_of = np.arange(count) if extents is None else np.unique(extents, return_inverse=True)[1]
+    sizes = np.bincount(extent_of, rows)
+
+    extent_kinds = np.unique(np.bincount(extent_of, kinds), return_inverse=True)[1]
+    begins = draws.uniform(extent_kinds.max() + 1)[extent_kinds]
+    spread = _evenly(np.zeros_like(extent_kinds), extent_kinds, begins, draws(len(sizes)))
+    place = np.empty(len(sizes), np.int64)
+    place[np.lexsort((spread, sizes < sizes.max()))] = np.arange(len(sizes))
+
+    lanes = _lanes(rows, global_batch)
+    window = place[extent_of] // lanes
+    phases = draws.uniform((window.max() + 1) * (kinds.max() + 1)).reshape(window.max() + 1, -1)
+    inner = _evenly(extent_of, kinds, phases[window, kinds], draws(count))
+    return _weave(place[extent_of], extent_of, inner, lanes)
+
+
+def _lanes(rows: Sequence[int], global_batch: int) -> int:
+    return max(1, global_batch // max(rows, default=1))
+
+
+def _evenly(groups: np.ndarray, kinds: np.ndarray, begins: np.ndarray, draws: np.ndarray) -> np.ndarray:
+    """A place in [0, 1) for each item: those of one group and kind are shuffled by `draws` and laid at even
+    distances, the first one `begins` of a distance from 0. So every run of a group's items in the order of
+    their places holds its share of each kind, to within two where there are two kinds."""
+    order = np.lexsort((draws, kinds, groups))
+    sorted_kinds, sorted_groups = kinds[order], groups[order]
+    first = np.ones(len(order), bool)
+    first[1:] = (sorted_kinds[1:] != sorted_kinds[:-1]) | (sorted_groups[1:] != sorted_groups[:-1])
+    starts, members = np.flatnonzero(first), np.cumsum(first) - 1
+    sizes = np.diff(np.append(starts, len(order)))
+    places = np.empty(len(order))
+    places[order] = (np.arange(len(order)) - starts[members] + begins[order]) / sizes[members]
+    return places
+
+
+def _weave(place: np.ndarray, extent_of: np.ndarray, inner: np.ndarray, lanes: int) -> np.ndarray:
+    """Record batches in windows of `lanes` extents by `place`: from each one, then from each another, and so
+    on. Each lane goes around its extent by `inner`, and begins one further than the lane before it: so what
+    is taken from all lanes at once is like a run within one extent, and holds its share of each kind."""
+    window, lane = np.divmod(place, lanes)
+    order = np.lexsort((inner, extent_of))
+    sorted_extents = extent_of[order]
+    begin = np.searchsorted(sorted_extents, sorted_extents)
+    end = np.searchsorted(sorted_extents, sorted_extents, side="right")
+    nth = np.empty(len(order), np.int64)
+    nth[order] = (np.arange(len(order)) - begin + lane[order]) % (end - begin)
+    return np.lexsort((lane, nth, window))
+
+
+class _Draws:
+    """One random stream, drawn from in turn."""
+
+    def __init__(self, seed: int, pass_number: int) -> None:
+        self._raw = np.random.Philox(key=np.array([seed, pass_number], dtype=np.uint64)).random_raw
+
+    def __call__(self, count: int) -> np.ndarray:
+        return np.asarray(self._raw(count), np.uint64)
+
+    def uniform(self, count: int) -> np.ndarray:
+        return (self(count) >> np.uint64(11)).astype(np.float64) / 2**53
 
 
 def _cut(order: np.ndarray, ends: np.ndarray, start: int, stop: int) -> list[RowSlice]:

@@ -22,7 +22,7 @@ from lungseg.data import patches, shards
 from lungseg.data.case import Case, LabelledScan
 from lungseg.data.lungs import lung_mask
 from lungseg.data.order import permutation
-from lungseg.data.shards import FORMAT, IGNORE, POSITIVE, Manifest, Patch, Shard
+from lungseg.data.shards import FORMAT, IGNORE, POSITIVE, Extent, Manifest, Patch, Shard
 from lungseg.data.volume import AIR_HU, Volume, resample, resample_onto, vector
 from lungseg.data.volumes import StoredVolume, VolumeEntry, write_volume
 from lungseg.errors import DataError, LungsegError
@@ -96,6 +96,7 @@ def _build(
         cases={split: tuple(d.case_id for d in done if split_of[d.case_id] == split) for split in SPLITS},
         counts={split: _counts([d for d in done if split_of[d.case_id] == split]) for split in SPLITS},
         excluded=tuple(excluded),
+        batches_per_get=config.shard.batches_per_get,
     )
 
 
@@ -263,7 +264,9 @@ def _shards(
     mine = {d.case_id: d for d in done if split_of[d.case_id] == split and d.work}
     rows = [(c, row, s == POSITIVE) for c, d in mine.items() for row, s in enumerate(d.strata)]
     patch_bytes = 3 * int(np.prod(config.patch.shape_zyx))
-    per_shard = max(1, (config.shard.target_mib << 20) // (patch_bytes * config.shard.rows_per_batch))
+    per_extent = config.shard.batches_per_get
+    per_shard = (config.shard.target_mib << 20) // (patch_bytes * config.shard.rows_per_batch)
+    per_shard = max(1, per_shard // per_extent) * per_extent
     plan = plan_shards(rows, config.shard.rows_per_batch, per_shard, config.shard.seed)
     work = {case: d.work for case, d in mine.items()}
     tasks = [
@@ -297,7 +300,8 @@ def _shard_task(
 
     def load(case: str, row: int) -> Patch:
         source = work[case]
-        return shards.patches_of(shards.fetch(store, source, row), shape, source.codec)[0]
+        data = shards.fetch(store, Extent(source, row, row + 1))
+        return shards.patches_of(data, shape, source.codec)[0]
 
     groups = ([load(case, row) for case, row in batch] for batch in batches)
     shard = shards.write_shard(store, key, groups, shape, codec)

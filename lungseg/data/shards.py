@@ -1,8 +1,8 @@
 """Patches as Arrow IPC files in the store, and the manifest that makes them a data set.
 
-A record batch of a few patches is the unit of I/O and of integrity: the manifest knows offset, bytes,
-rows and crc32c of each, so a reader fetches it with one ranged GET and needs neither the file's footer
-nor its neighbours. Arrow IPC itself does not notice a flipped bit.
+A record batch of a few patches is the unit of integrity: the manifest knows offset, bytes, rows and crc32c
+of each, so a reader needs neither the file's footer nor other record batches. Arrow IPC itself does not
+notice a flipped bit. An extent, a few adjacent record batches, is the unit of I/O: one ranged GET.
 
 A shard's codec says how its voxels lie in it. "lz4" and "zstd" compress whole columns. The noise of CT
 sits in the low bytes of its int16, so LZ4 alone finds nothing; the "planes-" codecs store the low bytes of
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import google_crc32c
+import crc32c
 import numpy as np
 import pyarrow as pa
 
@@ -110,7 +110,7 @@ def encode(
             begin = sink.tell()
     data = sink.getvalue().to_pybytes()
     batches = [
-        RecordBatch(begin, size, rows, positives, google_crc32c.value(data[begin : begin + size]))
+        RecordBatch(begin, size, rows, positives, crc32c.crc32c(data[begin : begin + size]))
         for begin, size, rows, positives in spans
     ]
     return data, batches
@@ -125,41 +125,68 @@ def write_shard(
     return Shard(key, len(data), hashlib.sha256(data).hexdigest(), codec, tuple(batches))
 
 
+@dataclass(frozen=True)
+class Extent:
+    """Record batches [first, stop) of a shard, which lie side by side."""
+
+    shard: Shard
+    first: int
+    stop: int
+
+    @property
+    def batches(self) -> tuple[RecordBatch, ...]:
+        return self.shard.batches[self.first : self.stop]
+
+    @property
+    def offset(self) -> int:
+        return self.batches[0].offset
+
+    @property
+    def length(self) -> int:
+        """Bytes."""
+        return self.batches[-1].offset + self.batches[-1].bytes - self.offset
+
+    def part(self, data: bytes, place: RecordBatch) -> memoryview:
+        """The bytes of one of the record batches among those of all."""
+        begin = place.offset - self.offset
+        return memoryview(data)[begin : begin + place.bytes]
+
+    def damage(self, data: bytes) -> RecordBatch | None:
+        """The first record batch whose bytes are not those that were written."""
+        if len(data) != self.length:
+            return self.batches[0]
+        wrong = (b for b in self.batches if crc32c.crc32c(self.part(data, b)) != b.crc32c)
+        return next(wrong, None)
+
+
 def fetch(
-    store: Store,
-    shard: Shard,
-    number: int,
-    refetches: int = 3,
-    get: Callable[[str, int, int], bytes] | None = None,
+    store: Store, extent: Extent, refetches: int = 3, get: Callable[[str, int, int], bytes] | None = None
 ) -> bytes:
-    """The verified bytes of record batch `number` of a shard, by `get` or the store's own.
+    """The verified bytes of an extent, by `get` or the store's own.
 
     A wrong checksum is fetched again on a new connection, `refetches` times, then
     DataError("shard-corrupt") names shard and offset: wrong bytes never train a model.
     """
-    place = shard.batches[number]
     for _ in range(refetches + 1):
-        data = (get or store.get)(shard.key, place.offset, place.bytes)
-        if is_whole(data, place):
+        data = (get or store.get)(extent.shard.key, extent.offset, extent.length)
+        damaged = extent.damage(data)
+        if damaged is None:
             return data
         CHECKSUM_FAILURES.inc()
         store.renew()
+    assert damaged is not None
     raise DataError(
         "shard-corrupt",
-        shard=shard.key,
-        offset=place.offset,
-        bytes=place.bytes,
+        shard=extent.shard.key,
+        offset=damaged.offset,
+        bytes=damaged.bytes,
         remedy="restore the object from a copy, or prepare the data again under another name",
     )
 
 
-def is_whole(data: bytes, place: RecordBatch) -> bool:
-    return len(data) == place.bytes and google_crc32c.value(data) == place.crc32c
-
-
-def decode(data: bytes, shape_zyx: Sequence[int], codec: Codec) -> pa.RecordBatch:
+def decode(data: bytes | memoryview, shape_zyx: Sequence[int], codec: Codec) -> pa.RecordBatch:
     """Verified bytes as Arrow columns."""
-    return pa.ipc.read_record_batch(pa.ipc.read_message(data), schema(shape_zyx, codec))
+    return pa.ipc.read_record_batch(pa.ipc.read_message(pa.py_buffer(data)), schema(shape_zyx, codec))
 
 
 def images(batch: pa.RecordBatch) -> np.ndarray:
@@ -183,7 +210,7 @@ def masks(batch: pa.RecordBatch, shape_zyx: Sequence[int]) -> np.ndarray:
     return np.stack([np.frombuffer(frame, np.uint8).reshape(shape_zyx) for frame in frames])
 
 
-def patches_of(data: bytes, shape_zyx: Sequence[int], codec: Codec) -> list[Patch]:
+def patches_of(data: bytes | memoryview, shape_zyx: Sequence[int], codec: Codec) -> list[Patch]:
     """The rows of a record batch."""
     batch = decode(data, shape_zyx, codec)
     voxels = zip(images(batch), masks(batch, shape_zyx), strict=True)
@@ -224,6 +251,7 @@ class Manifest:
     cases: dict[str, tuple[str, ...]]
     counts: dict[str, dict[str, int]]
     excluded: tuple[dict[str, str], ...]
+    batches_per_get: int = 1
     sha256: str = ""
 
     def to_bytes(self) -> bytes:
@@ -231,9 +259,13 @@ class Manifest:
         del tree["sha256"]
         return to_json({"format": FORMAT, **tree})
 
-    def record_batches(self, split: str) -> list[tuple[Shard, int]]:
-        """(shard, number within it) of every record batch of a split, in the order `order` counts."""
-        return [(shard, number) for shard in self.shards[split] for number in range(len(shard.batches))]
+    def extents(self, split: str) -> list[Extent]:
+        """All record batches of a split in the order that `order` counts them in, by what one GET fetches."""
+        return [
+            Extent(shard, first, min(first + self.batches_per_get, len(shard.batches)))
+            for shard in self.shards[split]
+            for first in range(0, len(shard.batches), self.batches_per_get)
+        ]
 
     def rows(self, split: str) -> list[int]:
         return [batch.rows for shard in self.shards[split] for batch in shard.batches]

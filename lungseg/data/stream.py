@@ -67,24 +67,31 @@ class PatchStream:
         training: bool = True,
     ) -> None:
         self._store, self._config, self._shape = store, config, manifest.patch_shape_zyx
-        self._batches = manifest.record_batches(split)
+        self._extents = manifest.extents(split)
         self._in_use = [shard for shards in manifest.shards.values() for shard in shards]
         self._share = order.rows_per_rank(global_batch, world_size)
         self._first_row = rank * self._share
-        place: dict[str, Any] = {"global_batch": global_batch, "rank": rank, "world_size": world_size}
         rows = manifest.rows(split)
+        numbers = [number for number, extent in enumerate(self._extents) for _ in extent.batches]
+        place: dict[str, Any] = {"global_batch": global_batch, "rank": rank, "world_size": world_size}
+        place |= {"extents": numbers}
         if training:
             place |= {"seed": seed, "first_step": first_step, "positives": manifest.positives(split)}
         plan = (order.training_batches if training else order.evaluation_batches)(rows, **place)
         self._plan = enumerate(plan, first_step)
-        # A batch may take a single row of its first and of its last record batch, which wait as a whole.
-        rows_held = self._share + 2 * (max(rows, default=1) - 1)
-        patch_bytes = 3 * int(np.prod(self._shape))
-        fits = (config.prefetch_mib << 20) // (rows_held * patch_bytes)
+        # In a batch of mine so many record batches meet at most, each from its own extent; in the next one
+        # the window may be another.
+        meeting = 1 + -(-self._share // max(rows, default=1))
+        self._open_extents = 2 * meeting
+        largest = max((extent.length for extent in self._extents), default=0)
+        row_bytes = 3 * int(np.prod(self._shape)) + max(
+            (-(-extent.length // sum(b.rows for b in extent.batches)) for extent in self._extents), default=0
+        )
+        # What waits are batches, and the extents that they are cut from, as they were stored.
+        fits = ((config.prefetch_mib << 20) - self._open_extents * largest) // (self._share * row_bytes)
         # Of tiny patches a million would fit; more than keep all threads busy for a while helps nobody.
         self._ahead = min(max(1, fits), 4 * config.threads)
         self._waiting: deque[_Slot] = deque()
-        self._newest: tuple[int, Future[Voxels]] | None = None
         self._fetcher: Fetcher | None = None
         self.waited_seconds = 0.0
 
@@ -93,13 +100,14 @@ class PatchStream:
         cache = None
         if config.cache_dir:
             cache = DiskCache(config.cache_dir, int(config.cache_gib * (1 << 30)), self._in_use)
-        self._fetcher = Fetcher(self._store, self._batches, self._shape, config, cache).__enter__()
+        fetcher = Fetcher(self._store, self._extents, self._shape, config, cache, self._open_extents)
+        self._fetcher = fetcher.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
         assert self._fetcher is not None
         self._fetcher.__exit__()
-        self._fetcher = self._newest = None
+        self._fetcher = None
         self._waiting.clear()
 
     def __iter__(self) -> Iterator[Batch]:
@@ -139,7 +147,7 @@ class PatchStream:
             slot = _Slot(Batch(step, self._first_row, *self._empty()), pieces)
             row = 0
             for piece in pieces:
-                voxels = self._voxels(self._fetcher, piece.record_batch)
+                voxels = self._fetcher.submit(piece.record_batch)
                 voxels.add_done_callback(partial(slot.fill, piece, row))
                 row += piece.stop - piece.start
             self._waiting.append(slot)
@@ -147,12 +155,6 @@ class PatchStream:
     def _empty(self) -> Voxels:
         shape = (self._share, *self._shape)
         return np.empty(shape, np.int16), np.empty(shape, np.uint8)
-
-    def _voxels(self, fetcher: Fetcher, number: int) -> Future[Voxels]:
-        """Those of a record batch, to come; one fetch where it spans two batches."""
-        if self._newest is None or self._newest[0] != number:
-            self._newest = number, fetcher.submit(number)
-        return self._newest[1]
 
 
 class _Slot:

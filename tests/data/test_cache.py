@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lungseg.data.cache import DiskCache
-from lungseg.data.shards import Patch, RecordBatch, Shard, write_shard
+from lungseg.data.shards import Extent, Patch, Shard, write_shard
 from lungseg.errors import ConfigError
 from lungseg.storage import FolderStore
 from lungseg.telemetry import CHECKSUM_FAILURES
@@ -33,8 +33,13 @@ def shard_of(store: FolderStore, number: int, batches: int = 4) -> Shard:
     return write_shard(store, f"s{number}", patches, SHAPE, "raw")
 
 
-def data_of(store: FolderStore, shard: Shard, place: RecordBatch) -> bytes:
-    return store.get(shard.key, place.offset, place.bytes)
+def extents_of(shard: Shard) -> list[Extent]:
+    """Of one record batch each."""
+    return [Extent(shard, number, number + 1) for number in range(len(shard.batches))]
+
+
+def data_of(store: FolderStore, extent: Extent) -> bytes:
+    return store.get(extent.shard.key, extent.offset, extent.length)
 
 
 def opened(folder: Path, limit: int, *shards: Shard) -> DiskCache:
@@ -52,8 +57,8 @@ def used(folder: Path) -> int:
 
 
 def fill(store: FolderStore, cache: DiskCache, shard: Shard) -> None:
-    for place in shard.batches:
-        cache.put(shard, place, data_of(store, shard, place))
+    for extent in extents_of(shard):
+        cache.put(extent, data_of(store, extent))
 
 
 @pytest.fixture
@@ -66,11 +71,15 @@ def test_what_was_put_is_found_again_by_another_process_and_after_a_restart(
 ) -> None:
     shard = shard_of(store, 0)
     cache = opened(tmp_path / "cache", 1 << 20, shard)
-    assert cache.get(shard, shard.batches[0]) is None
+    assert cache.get(Extent(shard, 0, 1)) is None
     fill(store, cache, shard)
     again = opened(tmp_path / "cache", 1 << 20)
-    for place in shard.batches:
-        assert cache.get(shard, place) == again.get(shard, place) == data_of(store, shard, place)
+    for extent in extents_of(shard):
+        assert cache.get(extent) == again.get(extent) == data_of(store, extent)
+    longer = Extent(shard, 0, 3)
+    assert cache.get(longer) is None
+    cache.put(longer, data_of(store, longer))
+    assert again.get(longer) == data_of(store, longer)
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty"])
@@ -85,7 +94,7 @@ def test_an_entry_whose_bytes_changed_is_counted_removed_and_not_given(
     data[100] ^= 1
     path.write_bytes({"flip": bytes(data), "cut": bytes(data[:50]), "empty": b""}[damage])
     before = CHECKSUM_FAILURES._value.get()
-    assert cache.get(shard, shard.batches[0]) is None
+    assert cache.get(Extent(shard, 0, 1)) is None
     assert CHECKSUM_FAILURES._value.get() == before + 1
     assert not files(tmp_path / "cache")
 
@@ -97,8 +106,8 @@ def test_a_full_cache_keeps_what_it_has_of_the_data_set_in_use(tmp_path: Path, s
     for path in files(tmp_path / "cache"):
         os.utime(path, (HOUR_AGO, HOUR_AGO))
     fill(store, cache, shard)
-    held = [place for place in shard.batches if cache.get(shard, place)]
-    assert held == list(shard.batches[:3])
+    held = [extent for extent in extents_of(shard) if cache.get(extent)]
+    assert held == extents_of(shard)[:3]
     assert used(tmp_path / "cache") <= 3 * size + size // 2
 
 
@@ -114,10 +123,10 @@ def test_what_no_run_has_read_for_an_hour_makes_room_and_nothing_else(
     for path in files(folder):
         if path.parent.name == old.sha256[:32]:
             os.utime(path, (HOUR_AGO, HOUR_AGO))
-    assert both.get(old, old.batches[0])  # and is used again by that
+    assert both.get(Extent(old, 0, 1))  # and is used again by that
     cache = opened(folder, 8 * size, mine)
     fill(store, cache, mine)
-    held = [[bool(cache.get(shard, place)) for place in shard.batches] for shard in (old, fresh, mine)]
+    held = [[bool(cache.get(extent)) for extent in extents_of(shard)] for shard in (old, fresh, mine)]
     assert held == [[True, False, False, False], [True] * 4, [True] * 3 + [False]]
     assert used(folder) <= 8 * size
 
@@ -144,7 +153,7 @@ def test_a_folder_that_cannot_be_written_is_refused_and_a_disk_that_fails_later_
     cache = opened(tmp_path / "cache", 1 << 20, shard)
     (tmp_path / "cache" / shard.sha256[:32]).write_bytes(b"")  # in the way
     fill(store, cache, shard)
-    assert cache.get(shard, shard.batches[0]) is None
+    assert cache.get(Extent(shard, 0, 1)) is None
 
 
 def _hammer(
@@ -154,11 +163,11 @@ def _hammer(
     cache = opened(folder, limit, *shards)
     while True:
         shard = shards[rng.integers(len(shards))]
-        place = shard.batches[rng.integers(len(shard.batches))]
-        data = cache.get(shard, place)
+        extent = extents_of(shard)[rng.integers(len(shard.batches))]
+        data = cache.get(extent)
         if data is None:
-            cache.put(shard, place, data_of(store, shard, place))
-        elif data != data_of(store, shard, place):
+            cache.put(extent, data_of(store, extent))
+        elif data != data_of(store, extent):
             wrong.set()  # type: ignore[attr-defined]
 
 
@@ -189,7 +198,7 @@ def test_processes_that_share_a_folder_and_are_killed_leave_only_whole_entries_w
         os.utime(path, (HOUR_AGO, HOUR_AGO))
     cache = opened(folder, limit, *shards)  # what the dead held of the lock is free
     assert used(folder) <= limit
-    found = [cache.get(shard, place) for shard in shards for place in shard.batches]
+    found = [cache.get(extent) for shard in shards for extent in extents_of(shard)]
     assert sum(data is not None for data in found) >= 36
     assert int((folder / "bytes").read_text()) == used(folder)
 
@@ -205,12 +214,12 @@ def test_whatever_is_put_and_removed_by_hand_the_bound_holds(
     limit = room * shard.batches[0].bytes
     cache = opened(folder / "cache", limit, shard)
     for number, removed in steps:
-        place = shard.batches[number]
+        extent = Extent(shard, number, number + 1)
         if removed:
             for path in files(folder / "cache"):
-                if path.name == str(place.offset):
+                if path.name.startswith(f"{extent.offset}-"):
                     path.unlink()
         else:
-            cache.put(shard, place, data_of(store, shard, place))
+            cache.put(extent, data_of(store, extent))
         assert used(folder / "cache") <= limit
-        assert cache.get(shard, place) in (None, data_of(store, shard, place))
+        assert cache.get(extent) in (None, data_of(store, extent))

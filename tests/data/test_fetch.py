@@ -245,7 +245,7 @@ def test_after_a_failure_no_further_read_is_begun(s3_uri: str) -> None:
     store = open_store(s3_uri)
     store.delete(["data/d/shards/train-00000.arrow"])
     counted = Counted()
-    with Fetcher(store, manifest.record_batches("train"), SHAPE, StreamConfig(threads=1), None) as fetcher:
+    with Fetcher(store, manifest.extents("train"), SHAPE, StreamConfig(threads=1), None, 1) as fetcher:
         futures = [fetcher.submit(number) for number in range(6)]
         with pytest.raises(StorageError, match="object-missing"):
             futures[0].result()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable
-from itertools import chain, islice
+from dataclasses import dataclass
+from itertools import chain, combinations, islice
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,8 +17,8 @@ from hypothesis import strategies as st
 from lungseg.data.order import (
     RowSlice,
     evaluation_batches,
+    pass_order,
     permutation,
-    spread,
     steps_per_pass,
     training_batches,
 )
@@ -41,49 +44,69 @@ def every(rows: list[int]) -> list[Row]:
     return [(number, row) for number, count in enumerate(rows) for row in range(count)]
 
 
-def taken(rows: list[int], count: int, **arguments: int) -> list[list[Row]]:
+def taken(rows: list[int], count: int, **arguments: Any) -> list[list[Row]]:
     return [flat(batch) for batch in islice(training_batches(rows, **arguments), count)]
 
 
+@dataclass(frozen=True)
+class Split:
+    """Row counts with at least one global batch of rows, how many of each are positive, and extents."""
+
+    rows: list[int]
+    global_batch: int
+    positives: list[int]
+    extents: list[int]
+
+    @property
+    def order(self) -> dict[str, Any]:
+        return {"global_batch": self.global_batch, "positives": self.positives, "extents": self.extents}
+
+
 @st.composite
-def splits(draw: st.DrawFn) -> tuple[list[int], int, list[int]]:
-    """Row counts with at least one global batch of rows, and how many of each are positive."""
+def splits(draw: st.DrawFn) -> Split:
     global_batch = draw(global_batches)
     rows = draw(row_counts.filter(lambda counts: sum(counts) >= global_batch))
-    return rows, global_batch, [draw(st.integers(0, count)) for count in rows]
+    positives = [draw(st.integers(0, count)) for count in rows]
+    begins = draw(st.lists(st.booleans(), min_size=len(rows), max_size=len(rows)))
+    return Split(rows, global_batch, positives, np.cumsum(begins).tolist())
+
+
+def prepared(patches: int, share: float, per_batch: int, per_extent: int, global_batch: int) -> Split:
+    """As `prepare` lays a share of positives out."""
+    positive = [number < round(share * patches) for number in range(patches)]
+    rows = [("c", number, is_positive) for number, is_positive in enumerate(positive)]
+    batches = [batch for shard in plan_shards(rows, per_batch, 10**6, 0) for batch in shard]
+    counts = [sum(positive[number] for _, number in batch) for batch in batches]
+    extents = [number // per_extent for number in range(len(batches))]
+    return Split([len(batch) for batch in batches], global_batch, counts, extents)
 
 
 @given(splits(), st.integers(0, 2**63 - 1))
 @settings(deadline=None)
 def test_the_ranks_shares_make_the_same_global_batches_at_every_world_size(split, seed):
-    rows, global_batch, positives = split
-    count = 3 * steps_per_pass(rows, global_batch) + 4
-    common = {"seed": seed, "global_batch": global_batch, "positives": positives}
-    alone = taken(rows, count, **common)
-    for world_size in (w for w in range(1, global_batch + 1) if global_batch % w == 0):
-        ranks = [taken(rows, count, rank=r, world_size=world_size, **common) for r in range(world_size)]
-        assert {len(batch) for rank in ranks for batch in rank} == {global_batch // world_size}
+    count = 3 * steps_per_pass(split.rows, split.global_batch) + 4
+    alone = taken(split.rows, count, seed=seed, **split.order)
+    for world_size in (w for w in range(1, split.global_batch + 1) if split.global_batch % w == 0):
+        place = {"seed": seed, "world_size": world_size, **split.order}
+        ranks = [taken(split.rows, count, rank=rank, **place) for rank in range(world_size)]
+        assert {len(batch) for rank in ranks for batch in rank} == {split.global_batch // world_size}
         assert [joined(shares) for shares in zip(*ranks, strict=True)] == alone
 
 
 @given(splits(), st.integers(0, 50))
 @settings(deadline=None)
 def test_a_resumed_run_sees_exactly_the_rest(split, first_step):
-    rows, global_batch, positives = split
-    common = {"seed": 3, "global_batch": global_batch, "positives": positives}
-    whole = taken(rows, first_step + 5, **common)
-    assert taken(rows, 5, first_step=first_step, **common) == whole[first_step:]
+    whole = taken(split.rows, first_step + 5, seed=3, **split.order)
+    assert taken(split.rows, 5, seed=3, first_step=first_step, **split.order) == whole[first_step:]
 
 
 @given(splits(), st.integers(0, 1000))
 @settings(deadline=None)
 def test_every_pass_visits_every_record_batch_once_and_whole_across_incomplete_batches(split, seed):
     """Batches are cut from passes without a gap, so the one that a pass cannot fill is filled by the next."""
-    rows, global_batch, positives = split
-    total = sum(rows)
-    count = -(-3 * total // global_batch)
-    batches = taken(rows, count, seed=seed, global_batch=global_batch, positives=positives)
-    assert {len(batch) for batch in batches} == {global_batch}
+    rows, total = split.rows, sum(split.rows)
+    batches = taken(rows, -(-3 * total // split.global_batch), seed=seed, **split.order)
+    assert {len(batch) for batch in batches} == {split.global_batch}
     flow = joined(batches)
     for start in range(0, 3 * total, total):
         one_pass = flow[start : start + total]
@@ -105,67 +128,92 @@ def test_passes_and_seeds_differ_and_a_row_is_in_a_batch_twice_only_where_two_pa
     assert all(step * 3 // 20 < (step * 3 + 2) // 20 for step in repeated)
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+def test_each_rank_fetches_an_extent_once_a_pass_and_all_ranks_together_no_more(world_size):
+    """Of extents of 4 record batches of 2 patches: 12 windows of 8 lanes for a global batch of 16."""
+    split = prepared(12 * 8 * 8, 0.3, 2, 4, 16)
+    steps = steps_per_pass(split.rows, 16)
+    fetched = []
+    for rank in range(world_size):
+        batches = training_batches(split.rows, seed=5, rank=rank, world_size=world_size, **split.order)
+        visits = [split.extents[piece.record_batch] for batch in islice(batches, steps) for piece in batch]
+        last = {extent: position for position, extent in enumerate(visits)}
+        first = {extent: visits.index(extent) for extent in last}
+        # All that is wanted of an extent is wanted within one window: 4 steps of this rank's lanes.
+        assert all(last[extent] - first[extent] < 4 * 8 // world_size for extent in last)
+        fetched += list(last)
+    assert sorted(fetched) == sorted(set(split.extents))
+
+
+def test_patches_that_share_an_extent_or_a_batch_meet_others_in_the_next_pass():
+    split = prepared(64 * 8, 0.3, 2, 4, 8)
+    steps = steps_per_pass(split.rows, 8)
+    batches = [{number for number, _ in one} for one in taken(split.rows, 2 * steps, seed=1, **split.order)]
+    together = [
+        {frozenset(pair) for b in half for pair in combinations(b, 2)}
+        for half in (batches[:steps], batches[steps:])
+    ]
+    assert all(len({split.extents[number] for number in batch}) == 4 for batch in batches)
+    assert len(together[0] & together[1]) < 0.05 * len(together[0])
+
+
 @given(
-    st.integers(1, 150), st.floats(0, 1), st.integers(1, 8), st.sampled_from([4, 8, 16]), st.integers(0, 999)
-)
+    st.integers(8, 300), st.floats(0, 1), st.integers(1, 4), st.integers(1, 6),
+    st.sampled_from([4, 8, 16]), st.integers(0, 999),
+)  # fmt: skip
 @settings(deadline=None)
-def test_each_global_batch_has_its_share_of_positives(patches, share, per_batch, global_batch, seed):
-    """As `prepare` lays them out: within two record batches' surplus, two more where two passes meet, and
-    whatever record batches that a batch cuts have on the other side of the cut."""
-    positive = [number < round(share * patches) for number in range(patches)]
-    rows = [("c", number, is_positive) for number, is_positive in enumerate(positive)]
-    batches = [batch for shard in plan_shards(rows, per_batch, 1000, seed) for batch in shard]
-    counts, positives = zip(*((len(b), sum(positive[n] for _, n in b)) for b in batches), strict=True)
+def test_each_global_batch_has_its_share_of_positives(
+    patches, share, per_batch, per_extent, global_batch, seed
+):
+    """A record batch of `prepare` has the share of positives that all have, rounded down or up, and so has a
+    global batch: it cannot be farther off than its record batches together, of which two may be cut."""
+    split = prepared(patches, share, per_batch, per_extent, global_batch)
     if patches < global_batch:
         return
-    fair = global_batch * sum(positive) / patches
-    allowed = 4 + 2 * max(positives) + 1
-    for batch in taken(list(counts), 60, seed=seed, global_batch=global_batch, positives=positives):
-        found = sum(positive[batches[number][row][1]] for number, row in batch)
-        assert abs(found - fair) <= allowed
+    fair = global_batch * sum(split.positives) / patches
+    for batch in taken(split.rows, 60, seed=seed, **split.order):
+        found = sum(row < split.positives[number] for number, row in batch)  # any rows will do for a count
+        assert abs(found - fair) <= global_batch // per_batch + 2 * per_batch
 
 
-def test_a_batch_without_positives_is_rare_where_chance_would_make_it_frequent():
-    """One patch in four is positive: of batches of four, chance alone leaves 0.75^4 = 32 % without one."""
-    positives = [number % 2 for number in range(400)]  # record batches of two patches
-    rows = [("c", row, row % 4 == 3) for row in range(800)]
-    assert [sum(r % 4 == 3 for _, r in b) for b in plan_shards(rows, 2, 999, 0)[0]] != []
-    order = np.concatenate([spread(positives, 0, number) for number in range(20)])
-    found = np.asarray(positives)[order].reshape(-1, 2).sum(axis=1)
-    assert (found == 0).mean() < 0.06
-    assert (found == 2).mean() < 0.06
-
-
-@given(st.lists(st.integers(0, 1), min_size=1, max_size=200), st.integers(0, 999), st.data())
-@settings(deadline=None)
-def test_any_run_of_record_batches_holds_its_share_of_two_classes_to_within_two(positives, seed, data):
-    order = spread(positives, seed, 0)
-    assert sorted(order.tolist()) == list(range(len(positives)))
-    running = np.concatenate([[0], np.cumsum(np.asarray(positives)[order])])
-    start = data.draw(st.integers(0, len(positives)))
-    stop = data.draw(st.integers(start, len(positives)))
-    fair = (stop - start) * sum(positives) / len(positives)
-    assert abs(running[stop] - running[start] - fair) <= 2
+@pytest.mark.parametrize(
+    ("share", "per_batch", "per_extent", "global_batch", "allowed"),
+    [(0.26, 2, 4, 4, 1), (0.26, 2, 4, 8, 1.1), (0.1, 2, 4, 16, 0.7), (0.26, 4, 4, 16, 1),
+     (0.26, 2, 4, 64, 3.5), (0.33, 2, 1, 8, 0.7), (0.7, 2, 8, 16, 2)],
+)  # fmt: skip
+def test_positives_are_spread_far_more_evenly_than_by_chance(
+    share, per_batch, per_extent, global_batch, allowed
+):
+    split = prepared(8000, share, per_batch, per_extent, global_batch)
+    steps = steps_per_pass(split.rows, global_batch)
+    counts = np.array(
+        [
+            sum(split.positives[piece.record_batch] for piece in batch)
+            for batch in islice(training_batches(split.rows, seed=1, **split.order), 4 * steps)
+        ]
+    )
+    fair = global_batch * share
+    assert np.mean(np.abs(counts - fair) > allowed) < 0.03
+    assert counts.std() < 0.5 * math.sqrt(fair * (1 - share))  # of independent draws, the binomial's
 
 
 def test_within_a_class_the_shuffle_is_uniform():
     """Where record batch 0 of 6 alike comes: chi-square over 3,000 passes, 5 degrees of freedom, 0.1 %."""
-    places = [int(np.flatnonzero(spread([1] * 6, 7, number) == 0)[0]) for number in range(3000)]
-    expected = 500
-    assert sum((places.count(place) - expected) ** 2 / expected for place in range(6)) < 20.5
+    orders = (pass_order([1] * 6, [1] * 6, None, 2, 7, number) for number in range(3000))
+    places = Counter(order.tolist().index(0) for order in orders)
+    assert sum((places[place] - 500) ** 2 / 500 for place in range(6)) < 20.5
 
 
-@given(row_counts | st.just([]), global_batches)
+@given(splits() | st.just(Split([], 4, [], [])))
 @settings(deadline=None)
-def test_evaluation_gives_every_row_once_and_every_rank_as_many_batches(rows, global_batch):
+def test_evaluation_gives_every_row_once_and_every_rank_as_many_batches(split):
+    rows, global_batch = split.rows, split.global_batch
     for world_size in (w for w in range(1, global_batch + 1) if global_batch % w == 0):
-        ranks = [
-            list(evaluation_batches(rows, global_batch=global_batch, rank=rank, world_size=world_size))
-            for rank in range(world_size)
-        ]
+        place = {"global_batch": global_batch, "world_size": world_size, "extents": split.extents}
+        ranks = [list(evaluation_batches(rows, rank=rank, **place)) for rank in range(world_size)]
         assert {len(batches) for batches in ranks} == {-(-sum(rows) // global_batch)}
         together = [flat(share) for batch in zip(*ranks, strict=True) for share in batch]
-        assert joined(together) == every(rows)
+        assert sorted(joined(together)) == every(rows)
         assert all(len(share) <= global_batch // world_size for share in together)
 
 
@@ -173,12 +221,15 @@ def test_the_order_is_the_same_for_ever():
     assert permutation(8, 0, 0).tolist() == [0, 2, 1, 5, 4, 3, 6, 7]
     assert permutation(8, 0, 1).tolist() == [5, 3, 7, 2, 4, 1, 0, 6]
     assert permutation(8, 7, 3).tolist() == [2, 5, 7, 3, 0, 6, 4, 1]
+    positives = [1, 0, 1, 0, 1, 0, 0, 2]
+    assert pass_order([2] * 8, positives, None, 4, 3, 1).tolist() == [6, 4, 5, 0, 3, 7, 1, 2]
+    extents = [0, 0, 0, 1, 1, 1, 2, 2]
+    assert pass_order([2] * 8, positives, extents, 4, 3, 1).tolist() == [3, 0, 4, 2, 5, 1, 6, 7]
     assert list(islice(training_batches([2, 2, 2, 1], seed=5, global_batch=3), 3)) == [
-        [RowSlice(2, 0, 2), RowSlice(3, 0, 1)],
-        [RowSlice(1, 0, 2), RowSlice(0, 0, 1)],
-        [RowSlice(0, 1, 2), RowSlice(1, 0, 2)],
+        [RowSlice(1, 0, 2), RowSlice(2, 0, 1)],
+        [RowSlice(2, 1, 2), RowSlice(0, 0, 2)],
+        [RowSlice(3, 0, 1), RowSlice(0, 0, 2)],
     ]
-    assert spread([1, 0, 1, 0, 1, 0, 0, 2], 3, 1).tolist() == [4, 3, 5, 0, 6, 2, 1, 7]
 
 
 @given(st.integers(0, 300), st.integers(0, 2**63 - 1), st.integers(0, 2**40))

@@ -97,9 +97,12 @@ def times(folder: Path) -> dict[Path, int]:
 def all_patches(store: Store, manifest: shards.Manifest, split: str) -> list[shards.Patch]:
     return [
         patch
-        for shard, number in manifest.record_batches(split)
+        for shard in manifest.shards[split]
+        for number in range(len(shard.batches))
         for patch in shards.patches_of(
-            shards.fetch(store, shard, number), manifest.patch_shape_zyx, shard.codec
+            shards.fetch(store, shards.Extent(shard, number, number + 1)),
+            manifest.patch_shape_zyx,
+            shard.codec,
         )
     ]
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from lungseg.config import Codec, DataConfig
 from lungseg.data.shards import (
     IGNORE,
+    Extent,
     Manifest,
     Patch,
     RecordBatch,
@@ -102,7 +103,7 @@ def test_every_patch_comes_back_exactly_also_of_a_ragged_last_batch(tmp_path: Pa
     assert [batch.rows for batch in shard.batches] == [3, 3, 1]
     assert [batch.positives for batch in shard.batches] == [1, 2, 0]
     for number, group in enumerate(groups()):
-        data = fetch(store, shard, number)
+        data = fetch(store, Extent(shard, number, number + 1))
         batch = decode(data, SHAPE, codec)
         assert (images(batch).dtype, masks(batch, SHAPE).dtype) == (np.int16, np.uint8)
         np.testing.assert_array_equal(images(batch), [one.image_hu for one in group])
@@ -180,16 +181,16 @@ def test_a_flipped_bit_at_any_place_of_a_record_batch_is_seen(tmp_path: Path, co
             file.seek(at)
             file.write(bytes([byte ^ 1 << at % 8]))
             with pytest.raises(DataError, match="shard-corrupt"):
-                fetch(store, shard, 1, refetches=0)
+                fetch(store, Extent(shard, 1, 2), refetches=0)
             file.seek(at)
             file.write(bytes([byte]))
-    assert len(patches_of(fetch(store, shard, 1, refetches=0), SHAPE, codec)) == 3
+    assert len(patches_of(fetch(store, Extent(shard, 1, 2), refetches=0), SHAPE, codec)) == 3
 
 
 def test_one_good_batch_costs_one_ranged_get(tmp_path: Path) -> None:
     store = CountedStore(tmp_path)
     shard = write_shard(store, KEY, groups(), SHAPE, "lz4")
-    fetch(store, shard, 1)
+    fetch(store, Extent(shard, 1, 2))
     assert store.gets == [(KEY, shard.batches[1].offset, shard.batches[1].bytes)]
     assert store.renewals == 0
 
@@ -200,9 +201,31 @@ def test_a_passing_fault_is_healed_by_fetching_again_on_a_new_connection(
 ) -> None:
     store = CountedStore(tmp_path, bad_reads)
     shard = write_shard(store, KEY, groups(), SHAPE, "raw")
-    data = fetch(store, shard, 0, refetches=3)
+    data = fetch(store, Extent(shard, 0, 1), refetches=3)
     assert_same(patches_of(data, SHAPE, "raw")[2], patch(2))
     assert (len(store.gets), store.renewals) == (bad_reads + 1, bad_reads)
+
+
+def test_an_extent_of_several_record_batches_is_one_get_and_names_the_one_that_is_damaged(
+    tmp_path: Path,
+) -> None:
+    store = CountedStore(tmp_path)
+    shard = write_shard(store, KEY, groups(), SHAPE, "planes-lz4")
+    extent = Extent(shard, 0, 3)
+    data = fetch(store, extent)
+    assert store.gets == [(KEY, shard.batches[0].offset, sum(batch.bytes for batch in shard.batches))]
+    for place, group in zip(shard.batches, groups(), strict=True):
+        for read, written in zip(
+            patches_of(extent.part(data, place), SHAPE, "planes-lz4"), group, strict=True
+        ):
+            assert_same(read, written)
+    broken = bytearray((tmp_path / KEY).read_bytes())
+    broken[shard.batches[1].offset + 60] ^= 1
+    (tmp_path / KEY).write_bytes(bytes(broken))
+    with pytest.raises(DataError, match="shard-corrupt") as caught:
+        fetch(store, extent, refetches=1)
+    assert caught.value.where["offset"] == shard.batches[1].offset
+    assert extent.damage(data[:-1]) == shard.batches[0]
 
 
 @pytest.mark.parametrize("refetches", [0, 2])
@@ -210,7 +233,7 @@ def test_a_lasting_fault_ends_in_an_error_with_shard_and_offset(tmp_path: Path, 
     store = CountedStore(tmp_path, bad_reads=99)
     shard = write_shard(store, KEY, groups(), SHAPE, "raw")
     with pytest.raises(DataError, match="shard-corrupt") as caught:
-        fetch(store, shard, 2, refetches)
+        fetch(store, Extent(shard, 2, 3), refetches)
     place = shard.batches[2]
     assert caught.value.where == {"shard": KEY, "offset": place.offset, "bytes": place.bytes}
     assert len(store.gets) == refetches + 1
@@ -221,10 +244,10 @@ def test_a_shard_cut_short_or_gone_is_an_error_of_the_store(tmp_path: Path) -> N
     shard = write_shard(store, KEY, groups(), SHAPE, "raw")
     store.put(KEY, store.get(KEY)[: shard.batches[2].offset + 8])
     with pytest.raises(StorageError, match="object-truncated"):
-        fetch(store, shard, 2)
+        fetch(store, Extent(shard, 2, 3))
     store.delete([KEY])
     with pytest.raises(StorageError, match="object-missing"):
-        fetch(store, shard, 0)
+        fetch(store, Extent(shard, 0, 1))
 
 
 def manifest(name: str = "d") -> Manifest:
@@ -265,7 +288,10 @@ def test_a_manifest_comes_back_equal_with_the_checksum_of_its_own_bytes(tmp_path
 
 def test_record_batches_are_counted_through_all_shards_of_a_split() -> None:
     first, second = manifest().shards["train"]
-    assert manifest().record_batches("train") == [(s, n) for s in (first, second) for n in range(3)]
+    assert manifest().extents("train") == [Extent(s, n, n + 1) for s in (first, second) for n in range(3)]
+    paired = dataclasses.replace(manifest(), batches_per_get=2)  # none reaches from one shard into the next
+    wanted = [Extent(s, *span) for s in (first, second) for span in ((0, 2), (2, 3))]
+    assert paired.extents("train") == wanted
     assert manifest().rows("train") == [2, 2, 1, 2, 2, 1]
     assert manifest().positives("train") == [0, 1, 2, 0, 1, 2]
 
