@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -26,9 +26,6 @@ from lungseg.data.order import RowSlice
 from lungseg.data.shards import IGNORE, Manifest
 from lungseg.storage import Store
 from lungseg.telemetry import QUEUE_DEPTH, STREAM_PATCHES, STREAM_WAIT_SECONDS
-
-if TYPE_CHECKING:
-    import tensorflow as tf
 
 
 @dataclass(frozen=True)
@@ -124,10 +121,10 @@ class PatchStream:
             STREAM_PATCHES.inc(self._share)
             yield batch
 
-    def dataset(self) -> tf.data.Dataset:
-        """The batches, whole, as (step, first row, image_hu, mask) of static shapes; no thread more.
+    def dataset(self) -> Any:
+        """A tf.data.Dataset of whole batches (step, first row, image_hu, mask), all of static shapes.
 
-        An error of the stream comes out as tf.errors.OpError that quotes it.
+        An error of the stream comes out of it as tf.errors.OpError, and is quoted there.
         """
         import tensorflow as tf
 
