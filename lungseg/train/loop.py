@@ -183,9 +183,9 @@ def _write(job: Job, checkpoints: Checkpoints, stepper: Stepper, state: TrainSta
         better = _publish(job, checkpoints, stepper, state, name)
         checkpoints.retain(job.attempt, job.recipe.checkpoint)
     _log.info(
-        "epoch %d: loss %.4f, val Dice %.4f%s, %.0f s",
+        "epoch %d: loss %.4f, val Dice %.4f%s, %.0f s, %.1f of them waiting for data",
         state.epoch, state.metrics["loss"], val_dice, " (best)" if better else "",
-        state.metrics["train_seconds"],
+        state.metrics["train_seconds"], state.metrics["data_wait_seconds"],
     )  # fmt: skip
 
 
