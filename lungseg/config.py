@@ -91,7 +91,7 @@ class StreamConfig(_Frozen):
     """Reading patches back: bounds on memory, disk, time and patience."""
 
     prefetch_mib: int = Field(256, ge=1, description="decoded patches that may wait in memory")
-    threads: int = Field(8, ge=1, le=128, description="parallel ranged GETs of one worker")
+    threads: int = Field(16, ge=1, le=128, description="parallel ranged GETs of one worker")
     connect_seconds: Positive = Field(5.0, description="for a connection to open")
     # Stores send the first byte within a second; whatever takes ten is faster on a new connection, and all
     # GPUs wait for the slowest read.

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from lungseg.data.shards import Extent, Shard
+from lungseg.data.shards import Buffer, Extent, Shard
 from lungseg.errors import ConfigError
 from lungseg.telemetry import CHECKSUM_FAILURES, log
 
@@ -54,21 +54,22 @@ class DiskCache:
             remedy = "set stream.cache_dir to a folder that this user may write to, or to null"
             raise ConfigError("cache-dir", folder=self._folder, message=str(error), remedy=remedy) from error
 
-    def get(self, extent: Extent) -> bytes | None:
-        """The verified bytes, or None. An entry whose bytes have changed is counted and removed."""
+    def get(self, extent: Extent, out: memoryview) -> bool:
+        """Whether `out` now holds the verified bytes. An entry that has changed is counted and removed."""
         path = self._path(extent)
         try:
-            data = path.read_bytes()
+            with path.open("rb", buffering=0) as file:
+                length = file.readinto(out)
             os.utime(path)
         except OSError:  # not there, or evicted just now
-            return None
-        if extent.damage(data) is None:
-            return data
+            return False
+        if length == extent.length and extent.damage(out) is None:
+            return True
         CHECKSUM_FAILURES.inc()
         path.unlink(missing_ok=True)
-        return None
+        return False
 
-    def put(self, extent: Extent, data: bytes) -> None:
+    def put(self, extent: Extent, data: Buffer) -> None:
         """Keep verified bytes if there is room. A disk that is full or broken costs only the benefit."""
         if time.monotonic() < self._full_until:
             return

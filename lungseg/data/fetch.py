@@ -13,7 +13,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from functools import partial
+from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
@@ -21,7 +21,9 @@ import numpy as np
 from lungseg.config import StreamConfig
 from lungseg.data import shards
 from lungseg.data.cache import DiskCache
-from lungseg.data.shards import Extent, RecordBatch
+from lungseg.data.order import RowSlice
+from lungseg.data.shards import Buffer, Extent
+from lungseg.data.slabs import Slabs
 from lungseg.errors import LungsegError
 from lungseg.storage import Patience, Read, ReadCancelled, Store
 from lungseg.telemetry import (
@@ -33,8 +35,13 @@ from lungseg.telemetry import (
     STREAM_RETRIES,
 )
 
-Voxels = tuple[np.ndarray, np.ndarray]
-"""Images (int16 HU) and masks (uint8) of a record batch, both [row, z, y, x]."""
+
+@dataclass(frozen=True)
+class Place:
+    """Where the rows of a piece go: int16 HU and uint8 masks, both [row, z, y, x]."""
+
+    image_hu: np.ndarray
+    mask: np.ndarray
 
 
 class Fetcher:
@@ -56,9 +63,10 @@ class Fetcher:
         self._store, self._shape, self._cache = store, shape_zyx, cache
         self._refetches, self._most_open = config.refetches, open_extents
         self._extents = extents
-        self._place_of = [(number, batch) for number, e in enumerate(extents) for batch in e.batches]
+        self._batches = [(number, batch) for number, e in enumerate(extents) for batch in e.batches]
         patience = Patience(config.retry_seconds, config.connect_seconds, config.read_seconds)
-        self._reads = Reads(store, patience, config.hedge_factor)
+        self._slabs = Slabs(max((extent.length for extent in extents), default=0))
+        self._reads = Reads(store, patience, config.hedge_factor, self._slabs)
         self._readers = ThreadPoolExecutor(config.threads, thread_name_prefix="lungseg-stream-read")
         # Decoding holds a core and not the network: more threads than cores would only take turns.
         cores = len(os.sched_getaffinity(0))
@@ -78,38 +86,39 @@ class Fetcher:
         self._decoders.shutdown(wait=True, cancel_futures=True)
         self._open.clear()
 
-    def submit(self, number: int) -> Future[Voxels]:
-        """The voxels of a record batch, to come. After the first failure all others are cancelled."""
-        of, batch = self._place_of[number]
-        extent, voxels = self._extents[of], Future[Voxels]()
+    def submit(self, piece: RowSlice, place: Place) -> Future[None]:
+        """Put a piece in its place; done when it is there. After the first failure others are cancelled."""
+        of, batch = self._batches[piece.record_batch]
+        extent, placed = self._extents[of], Future[None]()
         if of not in self._open:
             self._open[of] = fetched = _Fetched()
             self._readers.submit(self._bytes, extent).add_done_callback(fetched.arrive)
             if len(self._open) > self._most_open:
                 self._open.popitem(last=False)
-        self._open[of].then(partial(self._hand_on, extent, batch, voxels))
-        return voxels
 
-    def _hand_on(
-        self, extent: Extent, batch: RecordBatch, voxels: Future[Voxels], data: bytes | BaseException
-    ) -> None:
-        try:
-            if isinstance(data, BaseException):
-                raise data
-            self._decoders.submit(self._decode, extent, batch, voxels, data)
-        except BaseException as error:  # of the read, or the stream has ended
-            voxels.set_exception(error)
+        def decode(data: Buffer) -> None:
+            codec = extent.shard.codec
+            try:
+                columns = shards.decode(extent.part(data, batch), self._shape, codec)
+                shards.copy_images(columns, codec, piece.start, piece.stop, place.image_hu)
+                shards.copy_masks(columns, codec, piece.start, piece.stop, place.mask)
+            except BaseException as error:
+                placed.set_exception(error)
+            else:
+                placed.set_result(None)
 
-    def _decode(self, extent: Extent, batch: RecordBatch, voxels: Future[Voxels], data: bytes) -> None:
-        try:
-            columns = shards.decode(extent.part(data, batch), self._shape, extent.shard.codec)
-            found = shards.images(columns), shards.masks(columns, self._shape)
-        except BaseException as error:
-            voxels.set_exception(error)
-        else:
-            voxels.set_result(found)
+        def hand_on(data: Buffer | BaseException) -> None:
+            try:
+                if isinstance(data, BaseException):
+                    raise data
+                self._decoders.submit(decode, data)
+            except BaseException as error:  # of the read, or the stream has ended
+                placed.set_exception(error)
 
-    def _bytes(self, extent: Extent) -> bytes:
+        self._open[of].then(hand_on)
+        return placed
+
+    def _bytes(self, extent: Extent) -> Buffer:
         if self._failed.is_set():
             raise CancelledError  # which nobody sees: the failure comes first in the order
         try:
@@ -118,18 +127,18 @@ class Fetcher:
             self._failed.set()  # or each read that waits in line would try a dead store all over again
             raise
 
-    def _cached(self, extent: Extent) -> bytes:
+    def _cached(self, extent: Extent) -> Buffer:
         assert self._cache is not None
-        data = self._cache.get(extent)
-        if data is not None:
+        kept = self._slabs.take()[: extent.length].data
+        if self._cache.get(extent, kept):
             CACHE_HITS.inc()
-            return data
+            return kept
         CACHE_MISSES.inc()
         data = self._fetch(extent)
         self._cache.put(extent, data)
         return data
 
-    def _fetch(self, extent: Extent) -> bytes:
+    def _fetch(self, extent: Extent) -> Buffer:
         return shards.fetch(self._store, extent, self._refetches, self._reads.get)
 
 
@@ -139,19 +148,19 @@ class _Fetched:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._outcome: bytes | BaseException | None = None
-        self._waiting: list[Callable[[bytes | BaseException], None]] = []
+        self._outcome: Buffer | BaseException | None = None
+        self._waiting: list[Callable[[Buffer | BaseException], None]] = []
 
-    def then(self, call: Callable[[bytes | BaseException], None]) -> None:
+    def then(self, call: Callable[[Buffer | BaseException], None]) -> None:
         with self._lock:
             if self._outcome is None:
                 self._waiting.append(call)
                 return
         call(self._outcome)
 
-    def arrive(self, done: Future[bytes]) -> None:
+    def arrive(self, done: Future[Buffer]) -> None:
         try:
-            outcome: bytes | BaseException = done.result()
+            outcome: Buffer | BaseException = done.result()
         except BaseException as error:  # also of one that was cancelled
             outcome = error
         with self._lock:
@@ -161,14 +170,14 @@ class _Fetched:
 
 
 class _Race:
-    """One range that is being read, perhaps twice."""
+    """One range that is being read, perhaps twice, each time into memory of its own."""
 
-    def __init__(self, get: Callable[[Read], bytes], patience: Patience) -> None:
+    def __init__(self, get: Callable[[Read], memoryview], patience: Patience) -> None:
         self.get = get
         self.began = time.monotonic()
         self.first = Read(patience)
         self.second: Read | None = None
-        self.answer: bytes | None = None  # the second read's, if that came first
+        self.answer: memoryview | None = None  # the second read's, if that came first
 
     def cancel(self) -> None:
         self.first.cancel()
@@ -183,8 +192,8 @@ class Reads:
     # more hedges than one in twenty reads would answer an overloaded server with more of it.
     _ENOUGH, _SOONEST_SECONDS, _SHARE = 20, 0.1, 0.05
 
-    def __init__(self, store: Store, patience: Patience, factor: float) -> None:
-        self._store, self._patience, self._factor = store, patience, factor
+    def __init__(self, store: Store, patience: Patience, factor: float, slabs: Slabs) -> None:
+        self._store, self._patience, self._factor, self._slabs = store, patience, factor, slabs
         self._lock = threading.Lock()
         self._racing: set[_Race] = set()
         self._seconds: deque[float] = deque(maxlen=256)
@@ -206,8 +215,13 @@ class Reads:
         if self._watcher:
             self._watcher.join()
 
-    def get(self, key: str, start: int, length: int) -> bytes:
-        race = _Race(partial(self._store.get, key, start, length), self._patience)
+    def get(self, key: str, start: int, length: int) -> memoryview:
+        def into_a_slab(read: Read) -> memoryview:
+            out = self._slabs.take()[:length].data
+            self._store.get_into(key, start, out, read)
+            return out
+
+        race = _Race(into_a_slab, self._patience)
         with self._lock:
             if self._stopped.is_set():
                 raise CancelledError
@@ -225,7 +239,7 @@ class Reads:
             if race.second:
                 race.second.cancel()
             STREAM_GETS.inc(race.first.attempts)
-            STREAM_RETRIES.inc(race.first.attempts - 1)
+            STREAM_RETRIES.inc(max(0, race.first.attempts - 1))
         if race.first.attempts == 1:
             with self._lock:
                 self._seconds.append(time.monotonic() - race.began)

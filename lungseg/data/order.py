@@ -188,7 +188,10 @@ def _evenly(groups: np.ndarray, kinds: np.ndarray, begins: np.ndarray, draws: np
 def _weave(place: np.ndarray, extent_of: np.ndarray, inner: np.ndarray, lanes: int) -> np.ndarray:
     """Record batches in windows of `lanes` extents by `place`: from each one, then from each another, and so
     on. Each lane goes around its extent by `inner`, and begins one further than the lane before it: so what
-    is taken from all lanes at once is like a run within one extent, and holds its share of each kind."""
+    is taken from all lanes at once is like a run within one extent, and holds its share of each kind.
+
+    The last window may have fewer extents than there are lanes, and would wander over the ranks, so that
+    several fetch each of its extents. There one extent comes after the other."""
     window, lane = np.divmod(place, lanes)
     order = np.lexsort((inner, extent_of))
     sorted_extents = extent_of[order]
@@ -196,7 +199,8 @@ def _weave(place: np.ndarray, extent_of: np.ndarray, inner: np.ndarray, lanes: i
     end = np.searchsorted(sorted_extents, sorted_extents, side="right")
     nth = np.empty(len(order), np.int64)
     nth[order] = (np.arange(len(order)) - begin + lane[order]) % (end - begin)
-    return np.lexsort((lane, nth, window))
+    last = window == (place.max(initial=0) + 1) // lanes
+    return np.lexsort((np.where(last, nth, lane), np.where(last, lane, nth), window))
 
 
 class _Draws:

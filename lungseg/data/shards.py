@@ -4,10 +4,10 @@ A record batch of a few patches is the unit of integrity: the manifest knows off
 of each, so a reader needs neither the file's footer nor other record batches. Arrow IPC itself does not
 notice a flipped bit. An extent, a few adjacent record batches, is the unit of I/O: one ranged GET.
 
-A shard's codec says how its voxels lie in it. "lz4" and "zstd" compress whole columns. The noise of CT
-sits in the low bytes of its int16, so LZ4 alone finds nothing; the "planes-" codecs store the low bytes of
-a patch and then its high bytes as a uint8 tensor [2, z, y, x], of which the second plane nearly vanishes.
-"raw" leaves images as they are, and only squeezes masks.
+A shard's codec says how its voxels lie in it. "lz4" and "zstd" are Arrow's own compression. The noise of CT
+sits in the low bytes of its int16, so LZ4 alone finds nothing in it; the "planes-" codecs compress, of each
+patch, first all low and then all high bytes, [2, z, y, x], of which the second plane nearly vanishes. "raw"
+leaves images as they are. Where Arrow does not compress them, voxels are binary columns of a frame a patch.
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ FORMAT = 2
 IGNORE = 255
 """Value of mask voxels that are neither target nor background."""
 POSITIVE = STRATA[0]
+
+
+Buffer = bytes | memoryview
 
 
 @dataclass(frozen=True)
@@ -73,15 +76,11 @@ class Shard:
 
 def schema(shape_zyx: Sequence[int], codec: Codec) -> pa.Schema:
     """Columns of a shard whose patches have `shape_zyx` voxels."""
-    shape = list(shape_zyx)
-    planes = codec.startswith("planes")
+    image, mask = pa.fixed_shape_tensor(pa.int16(), shape_zyx), pa.fixed_shape_tensor(pa.uint8(), shape_zyx)
     return pa.schema(
         {
-            "image": pa.fixed_shape_tensor(pa.uint8(), [2, *shape])
-            if planes
-            else pa.fixed_shape_tensor(pa.int16(), shape),
-            # Arrow compresses all columns or none; so here each mask is a Zstandard frame of its own.
-            "mask": pa.binary() if codec == "raw" else pa.fixed_shape_tensor(pa.uint8(), shape),
+            "image": pa.binary() if codec.startswith("planes") else image,
+            "mask": mask if codec in ("lz4", "zstd") else pa.binary(),
             "case_id": pa.string(),
             "nodule_id": pa.string(),
             "stratum": pa.string(),
@@ -96,7 +95,7 @@ def encode(
 ) -> tuple[bytes, list[RecordBatch]]:
     """An Arrow IPC file with one record batch for each group of patches, and its list of RecordBatch."""
     sink = pa.BufferOutputStream()
-    compression = None if codec == "raw" else codec.removeprefix("planes-")
+    compression = codec if codec in ("lz4", "zstd") else None
     options = pa.ipc.IpcWriteOptions(compression=compression, use_threads=False)
     layout = schema(shape_zyx, codec)
     spans = []
@@ -104,7 +103,7 @@ def encode(
     begin = 8 + layout.serialize().size
     with pa.ipc.new_file(sink, layout, options=options) as writer:
         for group in patches:
-            writer.write_batch(_to_arrow(group, layout))
+            writer.write_batch(_to_arrow(group, layout, codec))
             positives = sum(patch.stratum == POSITIVE for patch in group)
             spans.append((begin, sink.tell() - begin, len(group), positives))
             begin = sink.tell()
@@ -146,22 +145,22 @@ class Extent:
         """Bytes."""
         return self.batches[-1].offset + self.batches[-1].bytes - self.offset
 
-    def part(self, data: bytes, place: RecordBatch) -> memoryview:
+    def part(self, data: Buffer, place: RecordBatch) -> memoryview:
         """The bytes of one of the record batches among those of all."""
         begin = place.offset - self.offset
         return memoryview(data)[begin : begin + place.bytes]
 
-    def damage(self, data: bytes) -> RecordBatch | None:
+    def damage(self, data: Buffer) -> RecordBatch | None:
         """The first record batch whose bytes are not those that were written."""
-        if len(data) != self.length:
+        if len(memoryview(data)) != self.length:
             return self.batches[0]
         wrong = (b for b in self.batches if crc32c.crc32c(self.part(data, b)) != b.crc32c)
         return next(wrong, None)
 
 
 def fetch(
-    store: Store, extent: Extent, refetches: int = 3, get: Callable[[str, int, int], bytes] | None = None
-) -> bytes:
+    store: Store, extent: Extent, refetches: int = 3, get: Callable[[str, int, int], Buffer] | None = None
+) -> Buffer:
     """The verified bytes of an extent, by `get` or the store's own.
 
     A wrong checksum is fetched again on a new connection, `refetches` times, then
@@ -184,56 +183,71 @@ def fetch(
     )
 
 
-def decode(data: bytes | memoryview, shape_zyx: Sequence[int], codec: Codec) -> pa.RecordBatch:
+def decode(data: Buffer, shape_zyx: Sequence[int], codec: Codec) -> pa.RecordBatch:
     """Verified bytes as Arrow columns."""
     return pa.ipc.read_record_batch(pa.ipc.read_message(pa.py_buffer(data)), schema(shape_zyx, codec))
 
 
-def images(batch: pa.RecordBatch) -> np.ndarray:
-    """HU, int16 [row, z, y, x]; without a copy where the codec allows."""
-    array: np.ndarray = batch.column("image").to_numpy_ndarray()
-    if array.dtype == np.int16:
-        return array
-    low, high = array[:, 0], array[:, 1].view(np.int8)
-    hu = np.multiply(high, 256, dtype=np.int16)
-    return np.add(hu, low, out=hu)
+def copy_images(batch: pa.RecordBatch, codec: Codec, start: int, stop: int, out: np.ndarray) -> None:
+    """HU of the rows [start, stop), into int16 [row, z, y, x]."""
+    column = batch.column("image")
+    if not codec.startswith("planes"):
+        out[:] = column.to_numpy_ndarray()[start:stop]
+        return
+    for hu, frame in zip(out, column[start:stop], strict=True):
+        low, high = _unpacked(frame, codec, (2, *hu.shape))
+        np.multiply(high.view(np.int8), 256, out=hu, dtype=np.int16)
+        np.add(hu, low, out=hu)
 
 
-def masks(batch: pa.RecordBatch, shape_zyx: Sequence[int]) -> np.ndarray:
-    """uint8 [row, z, y, x], values 0, 1 and IGNORE."""
+def copy_masks(batch: pa.RecordBatch, codec: Codec, start: int, stop: int, out: np.ndarray) -> None:
+    """The masks of the rows [start, stop), values 0, 1 and IGNORE, into uint8 [row, z, y, x]."""
     column = batch.column("mask")
-    if not pa.types.is_binary(column.type):
-        array: np.ndarray = column.to_numpy_ndarray()
-        return array
-    voxels = int(np.prod(shape_zyx))
-    frames = [pa.decompress(frame.as_buffer(), voxels, "zstd") for frame in column]
-    return np.stack([np.frombuffer(frame, np.uint8).reshape(shape_zyx) for frame in frames])
+    if codec in ("lz4", "zstd"):
+        out[:] = column.to_numpy_ndarray()[start:stop]
+        return
+    for mask, frame in zip(out, column[start:stop], strict=True):
+        mask[:] = _unpacked(frame, codec, mask.shape)
 
 
-def patches_of(data: bytes | memoryview, shape_zyx: Sequence[int], codec: Codec) -> list[Patch]:
+def patches_of(data: Buffer, shape_zyx: Sequence[int], codec: Codec) -> list[Patch]:
     """The rows of a record batch."""
     batch = decode(data, shape_zyx, codec)
-    voxels = zip(images(batch), masks(batch, shape_zyx), strict=True)
+    shape = (batch.num_rows, *shape_zyx)
+    images, masks = np.empty(shape, np.int16), np.empty(shape, np.uint8)
+    copy_images(batch, codec, 0, batch.num_rows, images)
+    copy_masks(batch, codec, 0, batch.num_rows, masks)
     rest = batch.drop_columns(["image", "mask"]).to_pylist()
     for fields in rest:
         for name in ("centre_lps_mm", "spacing_mm"):
             fields[name] = tuple(fields[name])
-    return [Patch(image, mask, **fields) for (image, mask), fields in zip(voxels, rest, strict=True)]
+    return [Patch(image, mask, **fields) for image, mask, fields in zip(images, masks, rest, strict=True)]
 
 
-def _to_arrow(group: Sequence[Patch], layout: pa.Schema) -> pa.RecordBatch:
+def _frame_codec(codec: Codec) -> str:
+    return "zstd" if codec == "planes-zstd" else "lz4"
+
+
+def _packed(array: np.ndarray, codec: Codec) -> bytes:
+    packed: bytes = pa.compress(np.ascontiguousarray(array), _frame_codec(codec), asbytes=True)
+    return packed
+
+
+def _unpacked(frame: pa.BinaryScalar, codec: Codec, shape: Sequence[int]) -> np.ndarray:
+    voxels = pa.decompress(frame.as_buffer(), int(np.prod(shape)), _frame_codec(codec))
+    return np.frombuffer(voxels, np.uint8).reshape(shape)
+
+
+def _to_arrow(group: Sequence[Patch], layout: pa.Schema, codec: Codec) -> pa.RecordBatch:
     def column(field: pa.Field) -> pa.Array:
-        if field.name == "image":
-            stacked = np.stack([patch.image_hu for patch in group]).astype("<i2", copy=False)
-            if layout.field("image").type.value_type == pa.uint8():
-                stacked = np.stack([stacked.astype(np.uint8), (stacked >> 8).astype(np.uint8)], axis=1)
-            return pa.FixedShapeTensorArray.from_numpy_ndarray(stacked)
-        if field.name != "mask":
+        if field.name not in ("image", "mask"):
             return pa.array([getattr(patch, field.name) for patch in group], field.type)
-        if pa.types.is_binary(field.type):
-            frames = [pa.compress(patch.mask.tobytes(), "zstd", asbytes=True) for patch in group]
-            return pa.array(frames, field.type)
-        return pa.FixedShapeTensorArray.from_numpy_ndarray(np.stack([patch.mask for patch in group]))
+        voxels = [patch.image_hu if field.name == "image" else patch.mask for patch in group]
+        if not pa.types.is_binary(field.type):
+            return pa.FixedShapeTensorArray.from_numpy_ndarray(np.stack(voxels))
+        if field.name == "image":
+            voxels = [np.stack([hu.astype(np.uint8), (hu >> 8).astype(np.uint8)]) for hu in voxels]
+        return pa.array([_packed(one, codec) for one in voxels], field.type)
 
     return pa.record_batch([column(field) for field in layout], schema=layout)
 

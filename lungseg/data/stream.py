@@ -13,7 +13,6 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Self
 
 import numpy as np
@@ -21,9 +20,9 @@ import numpy as np
 from lungseg.config import StreamConfig
 from lungseg.data import order
 from lungseg.data.cache import DiskCache
-from lungseg.data.fetch import Fetcher, Voxels
-from lungseg.data.order import RowSlice
+from lungseg.data.fetch import Fetcher, Place
 from lungseg.data.shards import IGNORE, Manifest
+from lungseg.data.slabs import Slabs
 from lungseg.storage import Store
 from lungseg.telemetry import QUEUE_DEPTH, STREAM_PATCHES, STREAM_WAIT_SECONDS
 
@@ -88,6 +87,7 @@ class PatchStream:
         fits = ((config.prefetch_mib << 20) - self._open_extents * largest) // (self._share * row_bytes)
         # Of tiny patches a million would fit; more than keep all threads busy for a while helps nobody.
         self._ahead = min(max(1, fits), 4 * config.threads)
+        self._slabs = Slabs(3 * self._share * int(np.prod(self._shape)))
         self._waiting: deque[_Slot] = deque()
         self._fetcher: Fetcher | None = None
         self.waited_seconds = 0.0
@@ -141,43 +141,37 @@ class PatchStream:
             step, pieces = next(self._plan, (-1, None))
             if pieces is None:
                 return
-            slot = _Slot(Batch(step, self._first_row, *self._empty()), pieces)
+            slot = _Slot(Batch(step, self._first_row, *self._empty()), len(pieces))
             row = 0
             for piece in pieces:
-                voxels = self._fetcher.submit(piece.record_batch)
-                voxels.add_done_callback(partial(slot.fill, piece, row))
-                row += piece.stop - piece.start
+                upto = row + piece.stop - piece.start
+                place = Place(slot.batch.image_hu[row:upto], slot.batch.mask[row:upto])
+                self._fetcher.submit(piece, place).add_done_callback(slot.placed)
+                row = upto
+            slot.batch.image_hu[row:] = 0
+            slot.batch.mask[row:] = IGNORE
             self._waiting.append(slot)
 
-    def _empty(self) -> Voxels:
+    def _empty(self) -> tuple[np.ndarray, np.ndarray]:
         shape = (self._share, *self._shape)
-        return np.empty(shape, np.int16), np.empty(shape, np.uint8)
+        image, mask = np.split(self._slabs.take(), [2 * int(np.prod(shape))])
+        return image.view(np.int16).reshape(shape), mask.reshape(shape)
 
 
 class _Slot:
-    """A batch in the making. Its pieces are put in place on the threads that decode them."""
+    """A batch in the making, whose pieces are put in place on the threads that decode them."""
 
-    def __init__(self, batch: Batch, pieces: list[RowSlice]) -> None:
+    def __init__(self, batch: Batch, pieces: int) -> None:
+        self.batch = batch
         self.ready: Future[Batch] = Future()
-        self._batch = batch
-        self._missing = len(pieces)
+        self._missing = pieces
         self._lock = threading.Lock()
-        used = sum(piece.stop - piece.start for piece in pieces)
-        batch.image_hu[used:] = 0
-        batch.mask[used:] = IGNORE
         if not pieces:
             self.ready.set_result(batch)
 
-    def fill(self, piece: RowSlice, row: int, voxels: Future[Voxels]) -> None:
-        """Copy a piece to its rows; the last one, or the first failure, makes the batch ready."""
-        error = None
-        try:
-            images, masks = voxels.result()
-            upto = row + piece.stop - piece.start
-            self._batch.image_hu[row:upto] = images[piece.start : piece.stop]
-            self._batch.mask[row:upto] = masks[piece.start : piece.stop]
-        except BaseException as caught:
-            error = caught
+    def placed(self, piece: Future[None]) -> None:
+        """The last piece, or the first failure, makes the batch ready."""
+        error = piece.exception()
         with self._lock:
             self._missing -= 1
             if self.ready.done():
@@ -185,4 +179,4 @@ class _Slot:
             if error:
                 self.ready.set_exception(error)
             elif not self._missing:
-                self.ready.set_result(self._batch)
+                self.ready.set_result(self.batch)

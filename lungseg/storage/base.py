@@ -104,8 +104,12 @@ class Store(ABC):
     """Whether a read may be slow for no reason of its own, so that a second one beside it makes sense."""
 
     @abstractmethod
-    def get(self, key: str, start: int = 0, length: int | None = None, read: Read | None = None) -> bytes:
-        """The object, or `length` bytes of it from `start`; never fewer than asked for.
+    def get(self, key: str, start: int = 0, length: int | None = None) -> bytes:
+        """The object, or `length` bytes of it from `start`; never fewer than asked for."""
+
+    @abstractmethod
+    def get_into(self, key: str, start: int, out: memoryview, read: Read | None = None) -> None:
+        """Fill `out` with the object's bytes from `start`; what it holds after an error is undefined.
 
         Raises ReadCancelled if `read` is cancelled."""
 
@@ -176,7 +180,7 @@ def truncated(store: Store, key: str, message: str, **where: Any) -> StorageErro
     return StorageError("object-truncated", store=store.uri, key=key, **where, message=message, remedy=remedy)
 
 
-def whole(store: Store, key: str, start: int, length: int | None, data: bytes) -> bytes:
-    if length is not None and len(data) != length:
-        raise truncated(store, key, f"{len(data)} of {length} bytes", offset=start)
-    return data
+def whole(store: Store, key: str, start: int, length: int | None, found: int) -> None:
+    """Raises StorageError("object-truncated") if `length` bytes were asked for, and others found."""
+    if length is not None and found != length:
+        raise truncated(store, key, f"{found} of {length} bytes", offset=start)

@@ -35,17 +35,29 @@ class FolderStore(Store):
             remedy = "correct --store or LUNGSEG_STORE, or fill it with `lungseg prepare`"
             raise StorageError("store-missing", store=self.uri, message="no such folder", remedy=remedy)
 
-    def get(self, key: str, start: int = 0, length: int | None = None, read: Read | None = None) -> bytes:
-        read = read or Read()
-        read.attempts += 1
-        read.check()
+    def get(self, key: str, start: int = 0, length: int | None = None) -> bytes:
         try:
             with self._path(key).open("rb") as file:
                 file.seek(start)
                 data = file.read() if length is None else file.read(length)
         except OSError as error:
             raise self._failure(error, key) from error
-        return whole(self, key, start, length, data)
+        whole(self, key, start, length, len(data))
+        return data
+
+    def get_into(self, key: str, start: int, out: memoryview, read: Read | None = None) -> None:
+        read = read or Read()
+        read.attempts += 1
+        read.check()
+        try:
+            with self._path(key).open("rb", buffering=0) as file:
+                file.seek(start)
+                found = 0
+                while found < len(out) and (more := file.readinto(out[found:])):
+                    found += more
+        except OSError as error:
+            raise self._failure(error, key) from error
+        whole(self, key, start, len(out), found)
 
     def put(self, key: str, data: bytes | Path) -> None:
         with _writing(self, key) as temporary:

@@ -7,7 +7,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import urllib3
 
 _log = logging.getLogger("lungseg.storage")
+_PIECE = 1 << 18
 _URL_SECONDS = 300.0  # below the ten minutes for which refreshed credentials are still good
 
 
@@ -66,17 +67,36 @@ class S3Store(Store):
             raise self._failure(error, prefix) from error
         return [name[len(self.prefix + prefix) : -1] for name in names]
 
-    def get(self, key: str, start: int = 0, length: int | None = None, read: Read | None = None) -> bytes:
+    def get(self, key: str, start: int = 0, length: int | None = None) -> bytes:
         if length == 0:
             return b""
-        read = read or Read()
+        end = "" if length is None else start + length - 1
+        ranged = None if start == 0 and length is None else f"bytes={start}-{end}"
+        data: bytes = self._answer(key, start, ranged, Read(), lambda answer: answer.read())
+        whole(self, key, start, length, len(data))
+        return data
+
+    def get_into(self, key: str, start: int, out: memoryview, read: Read | None = None) -> None:
+        def fill(answer: urllib3.BaseHTTPResponse) -> int:
+            found = 0
+            # In pieces that stay in the processor's cache: urllib3 copies them once more.
+            while more := answer.readinto(out[found : found + _PIECE]):
+                found += more
+            return found
+
+        ranged = f"bytes={start}-{start + len(out) - 1}"
+        whole(self, key, start, len(out), self._answer(key, start, ranged, read or Read(), fill))
+
+    def _answer(
+        self, key: str, start: int, ranged: str | None, read: Read, take: Callable[[Any], Any]
+    ) -> Any:
+        """What `take` makes of the answer to a GET, tried again while that may help."""
         waits = read.patience.waits()  # its clock starts with the first failure
         while True:
             read.check()
             read.attempts += 1
             try:
-                data = self._download(key, start, length, read)
-                break
+                return self._attempt(key, ranged, read, take)
             except Exception as error:
                 read.check()  # the failure is our own doing
                 wait = next(waits, None) if _may_pass(error) else None
@@ -86,43 +106,40 @@ class S3Store(Store):
                     _log.warning("reading %s at %d again: %s", key, start, _without_url(error))
             self.pool.clear()  # what is pooled may lead to a server that is gone
             read.pause(wait)
-        return whole(self, key, start, length, data)
 
-    def _download(self, key: str, start: int, length: int | None, read: Read) -> bytes:
-        """One attempt. Raises ClientError for a refusal, as boto3 would."""
+    def _attempt(self, key: str, ranged: str | None, read: Read, take: Callable[[Any], Any]) -> Any:
+        """Raises ClientError for a refusal, as boto3 would."""
         import urllib3
         from botocore.exceptions import ClientError
 
-        end = "" if length is None else start + length - 1
-        headers = {} if start == 0 and length is None else {"Range": f"bytes={start}-{end}"}
         patience = read.patience
         _Watched.of_thread.read = read
         try:
-            response = self.pool.request(
+            answer = self.pool.request(
                 "GET",
                 self._url(key),
-                headers=headers,
+                headers={"Range": ranged} if ranged else {},
                 timeout=urllib3.Timeout(connect=patience.connect_seconds, read=patience.read_seconds),
                 retries=False,
                 redirect=False,
                 preload_content=False,
+                decode_content=False,
             )
             try:
-                data: bytes = response.read(decode_content=False)
+                refused = answer.status != (206 if ranged else 200)
+                taken = answer.read() if refused else take(answer)
             except BaseException:
-                response.close()
+                answer.close()
                 raise
-            response.release_conn()
+            answer.release_conn()
         finally:
             read.waits_on(None)
             del _Watched.of_thread.read
-        if response.status not in (200, 206):
-            answer = {
-                "Error": {"Code": _code_of(data)},
-                "ResponseMetadata": {"HTTPStatusCode": response.status},
-            }
-            raise ClientError(answer, "GetObject")
-        return data
+        if refused:
+            code = _code_of(taken) or f"HTTP status {answer.status}"
+            about = {"HTTPStatusCode": answer.status}
+            raise ClientError({"Error": {"Code": code}, "ResponseMetadata": about}, "GetObject")
+        return taken
 
     def _url(self, key: str) -> str:
         """Presigned. The range is not part of what is signed, so one URL serves a whole object."""

@@ -42,6 +42,11 @@ def data_of(store: FolderStore, extent: Extent) -> bytes:
     return store.get(extent.shard.key, extent.offset, extent.length)
 
 
+def held_by(cache: DiskCache, extent: Extent) -> bytes | None:
+    out = bytearray(extent.length)
+    return bytes(out) if cache.get(extent, memoryview(out)) else None
+
+
 def opened(folder: Path, limit: int, *shards: Shard) -> DiskCache:
     cache = DiskCache(folder, limit, shards)
     cache.open()
@@ -71,15 +76,15 @@ def test_what_was_put_is_found_again_by_another_process_and_after_a_restart(
 ) -> None:
     shard = shard_of(store, 0)
     cache = opened(tmp_path / "cache", 1 << 20, shard)
-    assert cache.get(Extent(shard, 0, 1)) is None
+    assert held_by(cache, Extent(shard, 0, 1)) is None
     fill(store, cache, shard)
     again = opened(tmp_path / "cache", 1 << 20)
     for extent in extents_of(shard):
-        assert cache.get(extent) == again.get(extent) == data_of(store, extent)
+        assert held_by(cache, extent) == held_by(again, extent) == data_of(store, extent)
     longer = Extent(shard, 0, 3)
-    assert cache.get(longer) is None
+    assert held_by(cache, longer) is None
     cache.put(longer, data_of(store, longer))
-    assert again.get(longer) == data_of(store, longer)
+    assert held_by(again, longer) == data_of(store, longer)
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty"])
@@ -94,7 +99,7 @@ def test_an_entry_whose_bytes_changed_is_counted_removed_and_not_given(
     data[100] ^= 1
     path.write_bytes({"flip": bytes(data), "cut": bytes(data[:50]), "empty": b""}[damage])
     before = CHECKSUM_FAILURES._value.get()
-    assert cache.get(Extent(shard, 0, 1)) is None
+    assert held_by(cache, Extent(shard, 0, 1)) is None
     assert CHECKSUM_FAILURES._value.get() == before + 1
     assert not files(tmp_path / "cache")
 
@@ -106,7 +111,7 @@ def test_a_full_cache_keeps_what_it_has_of_the_data_set_in_use(tmp_path: Path, s
     for path in files(tmp_path / "cache"):
         os.utime(path, (HOUR_AGO, HOUR_AGO))
     fill(store, cache, shard)
-    held = [extent for extent in extents_of(shard) if cache.get(extent)]
+    held = [extent for extent in extents_of(shard) if held_by(cache, extent)]
     assert held == extents_of(shard)[:3]
     assert used(tmp_path / "cache") <= 3 * size + size // 2
 
@@ -123,10 +128,10 @@ def test_what_no_run_has_read_for_an_hour_makes_room_and_nothing_else(
     for path in files(folder):
         if path.parent.name == old.sha256[:32]:
             os.utime(path, (HOUR_AGO, HOUR_AGO))
-    assert both.get(Extent(old, 0, 1))  # and is used again by that
+    assert held_by(both, Extent(old, 0, 1))  # and is used again by that
     cache = opened(folder, 8 * size, mine)
     fill(store, cache, mine)
-    held = [[bool(cache.get(extent)) for extent in extents_of(shard)] for shard in (old, fresh, mine)]
+    held = [[bool(held_by(cache, extent)) for extent in extents_of(shard)] for shard in (old, fresh, mine)]
     assert held == [[True, False, False, False], [True] * 4, [True] * 3 + [False]]
     assert used(folder) <= 8 * size
 
@@ -153,7 +158,7 @@ def test_a_folder_that_cannot_be_written_is_refused_and_a_disk_that_fails_later_
     cache = opened(tmp_path / "cache", 1 << 20, shard)
     (tmp_path / "cache" / shard.sha256[:32]).write_bytes(b"")  # in the way
     fill(store, cache, shard)
-    assert cache.get(Extent(shard, 0, 1)) is None
+    assert held_by(cache, Extent(shard, 0, 1)) is None
 
 
 def _hammer(
@@ -164,7 +169,7 @@ def _hammer(
     while True:
         shard = shards[rng.integers(len(shards))]
         extent = extents_of(shard)[rng.integers(len(shard.batches))]
-        data = cache.get(extent)
+        data = held_by(cache, extent)
         if data is None:
             cache.put(extent, data_of(store, extent))
         elif data != data_of(store, extent):
@@ -198,7 +203,7 @@ def test_processes_that_share_a_folder_and_are_killed_leave_only_whole_entries_w
         os.utime(path, (HOUR_AGO, HOUR_AGO))
     cache = opened(folder, limit, *shards)  # what the dead held of the lock is free
     assert used(folder) <= limit
-    found = [cache.get(extent) for shard in shards for extent in extents_of(shard)]
+    found = [held_by(cache, extent) for shard in shards for extent in extents_of(shard)]
     assert sum(data is not None for data in found) >= 36
     assert int((folder / "bytes").read_text()) == used(folder)
 
@@ -222,4 +227,4 @@ def test_whatever_is_put_and_removed_by_hand_the_bound_holds(
         else:
             cache.put(extent, data_of(store, extent))
         assert used(folder / "cache") <= limit
-        assert cache.get(extent) in (None, data_of(store, extent))
+        assert held_by(cache, extent) in (None, data_of(store, extent))

@@ -20,19 +20,19 @@ from lungseg.data.shards import (
     Patch,
     RecordBatch,
     Shard,
+    copy_images,
+    copy_masks,
     decode,
     encode,
     fetch,
-    images,
     load_manifest,
     manifest_key,
-    masks,
     patches_of,
     write_shard,
 )
 from lungseg.data.volumes import VolumeEntry
 from lungseg.errors import DataError, StorageError
-from lungseg.storage import FolderStore, Read, open_store, to_json
+from lungseg.storage import FolderStore, open_store, to_json
 
 SHAPE = (3, 4, 5)
 KEY = "data/d/shards/train-00000.arrow"
@@ -86,9 +86,9 @@ class CountedStore(FolderStore):
         self.renewals = 0
         self.bad_reads = bad_reads
 
-    def get(self, key: str, start: int = 0, length: int | None = None, read: Read | None = None) -> bytes:
+    def get(self, key: str, start: int = 0, length: int | None = None) -> bytes:
         self.gets.append((key, start, length))
-        data = bytearray(super().get(key, start, length, read))
+        data = bytearray(super().get(key, start, length))
         data[len(data) // 2] ^= 4 * (len(self.gets) <= self.bad_reads)
         return bytes(data)
 
@@ -104,10 +104,13 @@ def test_every_patch_comes_back_exactly_also_of_a_ragged_last_batch(tmp_path: Pa
     assert [batch.positives for batch in shard.batches] == [1, 2, 0]
     for number, group in enumerate(groups()):
         data = fetch(store, Extent(shard, number, number + 1))
-        batch = decode(data, SHAPE, codec)
-        assert (images(batch).dtype, masks(batch, SHAPE).dtype) == (np.int16, np.uint8)
-        np.testing.assert_array_equal(images(batch), [one.image_hu for one in group])
-        np.testing.assert_array_equal(masks(batch, SHAPE), [one.mask for one in group])
+        rows = slice(len(group) // 2, len(group))
+        shape = (rows.stop - rows.start, *SHAPE)
+        image, mask = np.full(shape, 7, np.int16), np.full(shape, 7, np.uint8)
+        copy_images(decode(data, SHAPE, codec), codec, rows.start, rows.stop, image)
+        copy_masks(decode(data, SHAPE, codec), codec, rows.start, rows.stop, mask)
+        np.testing.assert_array_equal(image, [one.image_hu for one in group[rows]])
+        np.testing.assert_array_equal(mask, [one.mask for one in group[rows]])
         for read, written in zip(patches_of(data, SHAPE, codec), group, strict=True):
             assert_same(read, written)
 
@@ -161,7 +164,7 @@ def test_plain_arrow_reads_the_file_and_finds_the_batches_where_the_entry_says(
             alone = pa.ipc.read_record_batch(pa.ipc.read_message(span), reader.schema)
             assert alone.equals(reader.get_batch(number))
             assert alone["case_id"].to_pylist() == [one.case_id for one in groups()[number]]
-            if codec != "raw":
+            if codec in ("lz4", "zstd"):
                 mask = alone["mask"].to_numpy_ndarray()
                 np.testing.assert_array_equal(mask, [one.mask for one in groups()[number]])
             if not codec.startswith("planes"):

@@ -222,7 +222,9 @@ def test_a_whole_object_is_read_again_on_a_new_connection(bad_network: Setting, 
     bad_network.proxy.script["GET"].extend([None, fault])
     shard = bad_network.manifest.shards["train"][1]
     for _ in range(2):
-        assert hashlib.sha256(bad_network.store.get(shard.key, read=Read(SHORT))).hexdigest() == shard.sha256
+        out = bytearray(shard.bytes)
+        bad_network.store.get_into(shard.key, 0, memoryview(out), Read(SHORT))
+        assert hashlib.sha256(out).hexdigest() == shard.sha256
     good, failed, again = (seen.connection for seen in bad_network.proxy.seen)
     assert good == failed != again  # pooled as long as it works
 
@@ -231,14 +233,18 @@ def test_a_read_that_was_reset_takes_no_connection_that_was_open_then(bad_networ
     """They may lead to the same dead end; here one comes free while the read waits for its next try."""
     patience = replace(SHORT, first_wait_seconds=1.0, longest_wait_seconds=1.0)
     store = bad_network.store
-    seen, key = bad_network.proxy.seen, bad_network.manifest.shards["train"][0].key
+    seen, shard = bad_network.proxy.seen, bad_network.manifest.shards["train"][0]
+    outs = [bytearray(shard.bytes) for _ in range(2)]
     bad_network.proxy.late_seconds = 0.3
     bad_network.proxy.script["GET"].extend(["slow-first-byte", "reset-in-body"])
     with ThreadPoolExecutor(1) as other:
-        slow = other.submit(store.get, key, read=Read(patience))
+        slow = other.submit(store.get_into, shard.key, 0, memoryview(outs[0]), Read(patience))
         while not seen:
             time.sleep(0.01)
-        assert store.get(key, read=Read(patience)) == slow.result()
+        store.get_into(shard.key, 0, memoryview(outs[1]), Read(patience))
+        slow.result()
+    assert outs[0] == outs[1]
+    assert hashlib.sha256(outs[0]).hexdigest() == shard.sha256
     assert [one.fault for one in seen] == ["slow-first-byte", "reset-in-body", None]
     assert seen[2].connection not in {seen[0].connection, seen[1].connection}
 
