@@ -13,8 +13,11 @@ leaves images as they are. Where Arrow does not compress them, voxels are binary
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import crc32c
@@ -74,7 +77,8 @@ class Shard:
         return Shard(**{**tree, "batches": tuple(RecordBatch(**batch) for batch in tree["batches"])})
 
 
-def schema(shape_zyx: Sequence[int], codec: Codec) -> pa.Schema:
+@lru_cache(maxsize=64)
+def schema(shape_zyx: tuple[int, ...], codec: Codec) -> pa.Schema:
     """Columns of a shard whose patches have `shape_zyx` voxels."""
     image, mask = pa.fixed_shape_tensor(pa.int16(), shape_zyx), pa.fixed_shape_tensor(pa.uint8(), shape_zyx)
     return pa.schema(
@@ -97,7 +101,7 @@ def encode(
     sink = pa.BufferOutputStream()
     compression = codec if codec in ("lz4", "zstd") else None
     options = pa.ipc.IpcWriteOptions(compression=compression, use_threads=False)
-    layout = schema(shape_zyx, codec)
+    layout = schema(tuple(shape_zyx), codec)
     spans = []
     # The writer puts magic (8 bytes) and schema before the first batch, when that is written.
     begin = 8 + layout.serialize().size
@@ -154,7 +158,7 @@ class Extent:
         """The first record batch whose bytes are not those that were written."""
         if len(memoryview(data)) != self.length:
             return self.batches[0]
-        wrong = (b for b in self.batches if crc32c.crc32c(self.part(data, b)) != b.crc32c)
+        wrong = (b for b in self.batches if crc32c.crc32c(self.part(data, b), gil_release_mode=1) != b.crc32c)
         return next(wrong, None)
 
 
@@ -185,7 +189,7 @@ def fetch(
 
 def decode(data: Buffer, shape_zyx: Sequence[int], codec: Codec) -> pa.RecordBatch:
     """Verified bytes as Arrow columns."""
-    return pa.ipc.read_record_batch(pa.ipc.read_message(pa.py_buffer(data)), schema(shape_zyx, codec))
+    return pa.ipc.read_record_batch(pa.ipc.read_message(pa.py_buffer(data)), schema(tuple(shape_zyx), codec))
 
 
 def copy_images(batch: pa.RecordBatch, codec: Codec, start: int, stop: int, out: np.ndarray) -> None:
@@ -194,7 +198,7 @@ def copy_images(batch: pa.RecordBatch, codec: Codec, start: int, stop: int, out:
     if not codec.startswith("planes"):
         out[:] = column.to_numpy_ndarray()[start:stop]
         return
-    for hu, frame in zip(out, column[start:stop], strict=True):
+    for hu, frame in zip(out, _frames(column, start, stop), strict=True):
         low, high = _unpacked(frame, codec, (2, *hu.shape))
         np.multiply(high.view(np.int8), 256, out=hu, dtype=np.int16)
         np.add(hu, low, out=hu)
@@ -206,7 +210,7 @@ def copy_masks(batch: pa.RecordBatch, codec: Codec, start: int, stop: int, out: 
     if codec in ("lz4", "zstd"):
         out[:] = column.to_numpy_ndarray()[start:stop]
         return
-    for mask, frame in zip(out, column[start:stop], strict=True):
+    for mask, frame in zip(out, _frames(column, start, stop), strict=True):
         mask[:] = _unpacked(frame, codec, mask.shape)
 
 
@@ -233,8 +237,15 @@ def _packed(array: np.ndarray, codec: Codec) -> bytes:
     return packed
 
 
-def _unpacked(frame: pa.BinaryScalar, codec: Codec, shape: Sequence[int]) -> np.ndarray:
-    voxels = pa.decompress(frame.as_buffer(), int(np.prod(shape)), _frame_codec(codec))
+def _frames(column: pa.BinaryArray, start: int, stop: int) -> list[pa.Buffer]:
+    """Binary values in place; Arrow's own scalars would be copies, made while no other thread may run."""
+    _, offsets, data = column.buffers()
+    at = np.frombuffer(offsets, np.int32)[start : stop + 1].tolist()
+    return [data.slice(begin, end - begin) for begin, end in pairwise(at)]
+
+
+def _unpacked(frame: pa.Buffer, codec: Codec, shape: Sequence[int]) -> np.ndarray:
+    voxels = pa.decompress(frame, math.prod(shape), _frame_codec(codec))
     return np.frombuffer(voxels, np.uint8).reshape(shape)
 
 

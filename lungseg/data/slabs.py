@@ -23,16 +23,17 @@ class Slabs:
         self._size = size
         self._lock = threading.Lock()
         self._slabs: list[np.ndarray] = []
+        self._begins: list[int] = []  # where each is aligned
 
     def take(self) -> np.ndarray:
         """uint8 [size], of undefined content."""
         with self._lock:
             for number in range(len(self._slabs)):
                 if sys.getrefcount(self._slabs[number]) == 2:  # the list's reference, and that of the call
-                    return self._aligned(self._slabs[number])
-            self._slabs.append(np.empty(self._size + _ALIGNMENT, np.uint8))
-            return self._aligned(self._slabs[-1])
-
-    def _aligned(self, slab: np.ndarray) -> np.ndarray:
-        begin = -slab.ctypes.data % _ALIGNMENT
-        return slab[begin : begin + self._size]
+                    break
+            else:
+                number = len(self._slabs)
+                self._slabs.append(np.empty(self._size + _ALIGNMENT, np.uint8))
+                self._begins.append(-self._slabs[number].ctypes.data % _ALIGNMENT)
+            begin = self._begins[number]
+            return self._slabs[number][begin : begin + self._size]

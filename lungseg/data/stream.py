@@ -7,6 +7,7 @@ arrives first.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
@@ -80,14 +81,14 @@ class PatchStream:
         meeting = 1 + -(-self._share // max(rows, default=1))
         self._open_extents = 2 * meeting
         largest = max((extent.length for extent in self._extents), default=0)
-        row_bytes = 3 * int(np.prod(self._shape)) + max(
+        row_bytes = 3 * math.prod(self._shape) + max(
             (-(-extent.length // sum(b.rows for b in extent.batches)) for extent in self._extents), default=0
         )
         # What waits are batches, and the extents that they are cut from, as they were stored.
         fits = ((config.prefetch_mib << 20) - self._open_extents * largest) // (self._share * row_bytes)
         # Of tiny patches a million would fit; more than keep all threads busy for a while helps nobody.
         self._ahead = min(max(1, fits), 4 * config.threads)
-        self._slabs = Slabs(3 * self._share * int(np.prod(self._shape)))
+        self._slabs = Slabs(3 * self._share * math.prod(self._shape))
         self._waiting: deque[_Slot] = deque()
         self._fetcher: Fetcher | None = None
         self.waited_seconds = 0.0
@@ -154,7 +155,7 @@ class PatchStream:
 
     def _empty(self) -> tuple[np.ndarray, np.ndarray]:
         shape = (self._share, *self._shape)
-        image, mask = np.split(self._slabs.take(), [2 * int(np.prod(shape))])
+        image, mask = np.split(self._slabs.take(), [2 * math.prod(shape)])
         return image.view(np.int16).reshape(shape), mask.reshape(shape)
 
 
