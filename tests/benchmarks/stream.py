@@ -215,10 +215,16 @@ def main() -> None:
     parser.add_argument("--stored", type=int, default=960, help="patches in the data set")
     parser.add_argument("--passes", type=int, default=4, help="of a run that reads no S3")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--only", help="names that contain this")
+    parser.add_argument("--only", nargs="+", help="names of loaders, as in the table")
+    parser.add_argument("--place", help="only from here, as in the table")
     parser.add_argument("--json", type=Path, help="write every run's figures")
     options = parser.parse_args()
-    chosen = [c for c in contenders(bool(options.peer_python)) if (options.only or "") in c.name]
+    chosen = [
+        contender
+        for contender in contenders(bool(options.peer_python))
+        if not options.only or contender.name in options.only
+        if not options.place or contender.place == options.place
+    ]
     with tempfile.TemporaryDirectory() as scratch, server(Path(scratch) / "seaweedfs"):
         work = Path(scratch)
         write_source(work / "source", options.stored)
@@ -233,7 +239,7 @@ def main() -> None:
             print(f"round {repeat + 1} of {options.repeats} is done", file=sys.stderr)
         check_complete(results)
         print(table(results))
-        if not options.only:
+        if not options.only and not options.place:
             print(bars(results, ShardConfig().codec))
             mine = Contender(f"lungseg {ShardConfig().codec}", "s3")
             once = statistics.median(run["peak_mib"] for run in results[mine])
