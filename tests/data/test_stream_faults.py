@@ -170,7 +170,8 @@ def test_a_fault_that_stays_ends_in_an_error_that_names_object_and_offset(
 
 
 READER = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a test run in the background has not
 from lungseg.config import StreamConfig
 from lungseg.data.shards import load_manifest
 from lungseg.data.stream import PatchStream
