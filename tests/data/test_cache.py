@@ -108,9 +108,12 @@ def test_a_full_cache_keeps_what_it_has_of_the_data_set_in_use(tmp_path: Path, s
     shard = shard_of(store, 0, 8)
     size = shard.batches[0].bytes
     cache = opened(tmp_path / "cache", 3 * size + size // 2, shard)
+    fill(store, cache, shard)
     for path in files(tmp_path / "cache"):
         os.utime(path, (HOUR_AGO, HOUR_AGO))
-    fill(store, cache, shard)
+    cache = opened(tmp_path / "cache", 3 * size + size // 2, shard)
+    for extent in extents_of(shard)[::-1]:
+        cache.put(extent, data_of(store, extent))
     held = [extent for extent in extents_of(shard) if held_by(cache, extent)]
     assert held == extents_of(shard)[:3]
     assert used(tmp_path / "cache") <= 3 * size + size // 2
