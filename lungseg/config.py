@@ -24,6 +24,7 @@ Side = Annotated[int, Field(ge=1, le=1024)]
 Shape = tuple[Side, Side, Side]
 Seed = Annotated[int, Field(ge=0, lt=1 << 31)]
 Width = Annotated[int, Field(ge=2)]
+Blocks = Annotated[int, Field(ge=1, le=16)]
 
 
 class _Frozen(BaseModel):
@@ -110,13 +111,17 @@ class StreamConfig(_Frozen):
 class ModelConfig(_Frozen):
     """A 3D U-Net."""
 
+    architecture: Literal["unet", "resenc"] = Field("unet", description="resenc: residual encoder")
     width: Width = Field(16, description="channels of the first level; doubles at each level")
     max_width: Width = Field(320, description="no level has more channels")
     depth: int = Field(4, ge=2, le=7, description="resolution levels")
     norm: Literal["instance", "group", "batch", "none"] = Field(
         "instance", description='"batch" keeps statistics that differ between replicas'
     )
-    dropout: float = Field(0.0, ge=0, lt=1, description="share of channels dropped while training")
+    downsampling: Literal["pool", "stride"] = Field("pool", description="of unet; resenc has strides")
+    residual_blocks: tuple[Blocks, ...] = Field((1, 2, 3, 3, 3, 3, 3), description="of resenc, at each level")
+    deep_supervision: int = Field(0, ge=0, le=4, description="coarser levels with a loss of their own")
+    dropout: float = Field(0.0, ge=0, lt=1, description="share of the deepest channels dropped in training")
     hu_window: tuple[float, float] = Field(
         (-1000.0, 400.0), description="HU mapped to -1 and 1, clipped beyond"
     )
@@ -125,6 +130,14 @@ class ModelConfig(_Frozen):
     def total_stride(self) -> int:
         """Every side of an input must be a multiple of this."""
         return 2 ** (self.depth - 1)
+
+    @model_validator(mode="after")
+    def _levels_are_there(self) -> ModelConfig:
+        if self.deep_supervision > self.depth - 2:
+            raise ValueError(f"deep_supervision must be at most depth - 2, here {self.depth - 2}")
+        if self.architecture == "resenc" and len(self.residual_blocks) < self.depth:
+            raise ValueError(f"residual_blocks must name {self.depth} levels, as model.depth")
+        return self
 
     @model_validator(mode="after")
     def _window_is_open(self) -> ModelConfig:
@@ -145,13 +158,22 @@ class LossConfig(_Frozen):
 
 
 class AugmentConfig(_Frozen):
-    """Seeded, in-graph, on whole batches."""
+    """Seeded, in-graph; every sample draws for itself. Zero switches a transform off."""
 
+    crop_zyx: Shape | None = Field(None, description="a random crop of each patch; default: all of it")
     flips: bool = Field(True, description="mirroring along each axis")
     turns: bool = Field(True, description="90-degree turns in the axial plane")
+    warp_share: Share = Field(0.2, description="samples that are rotated, scaled and deformed")
+    rotation_degrees: float = Field(15.0, ge=0, le=180, description="largest angle about each axis")
+    scaling: float = Field(0.15, ge=0, lt=1, description="largest relative change of size")
+    elastic: float = Field(0.15, ge=0, le=0.4, description="largest shift of a control point, in spacings")
+    elastic_spacing: int = Field(16, ge=4, description="voxels between control points (cubic B-splines)")
     noise_hu: float = Field(20.0, ge=0, description="largest standard deviation of added noise")
+    blur_share: Share = Field(0.1, description="samples that are blurred")
+    blur_voxels: float = Field(1.0, gt=0, le=2, description="largest standard deviation of the blur")
     brightness_hu: float = Field(30.0, ge=0, description="largest shift")
     contrast: float = Field(0.1, ge=0, lt=1, description="largest relative change of HU about the mean")
+    gamma: float = Field(0.2, ge=0, le=1, description="largest |log| of the exponent on the HU window")
 
 
 class OptimizerConfig(_Frozen):
@@ -159,11 +181,21 @@ class OptimizerConfig(_Frozen):
 
     name: Literal["adamw", "sgd"] = Field("adamw", description="SGD is Nesterov's")
     learning_rate: Positive = Field(1e-3, description="after the warm-up")
-    weight_decay: float = Field(1e-5, ge=0, description="decoupled")
+    reference_batch: int | None = Field(
+        None, ge=1, description="learning_rate is for this global batch and grows with it; default: as it is"
+    )
+    weight_decay: float = Field(1e-5, ge=0, description="decoupled; not on norms and biases")
     warmup_steps: int = Field(50, ge=0, description="steps in which the learning rate rises from 0")
-    schedule: Literal["constant", "cosine"] = Field("cosine", description="after the warm-up")
+    schedule: Literal["constant", "cosine", "polynomial"] = Field("cosine", description="after the warm-up")
+    power: Positive = Field(0.9, description="of the polynomial")
     clip_norm: float = Field(12.0, gt=0, description="global gradient norm")
     momentum: float = Field(0.99, ge=0, lt=1, description="of SGD, Nesterov")
+    ema: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="decay of an average of the weights, which is then validated; 0: none",
+    )
 
 
 class CheckpointConfig(_Frozen):
@@ -179,15 +211,16 @@ class TrainConfig(_Frozen):
 
     epochs: int = Field(100, ge=1, description="the learning-rate schedule ends with the last")
     steps_per_epoch: int | None = Field(None, ge=1, description="default: once over the training patches")
-    max_minutes: float | None = Field(None, gt=0, description="ends the run after the epoch then running")
+    max_minutes: float | None = Field(None, gt=0, description="ends the run and its learning-rate schedule")
     global_batch: int = Field(4, ge=1, description="patches of one step over all replicas")
     workers: int = Field(1, ge=1, description="Ray Train workers, one a node")
     cpus_per_worker: int | None = Field(None, ge=1, description="default: all cores of the smallest node")
     gpus_per_worker: int = Field(0, ge=0, description="all GPUs of a node; 0 trains on CPU")
     logical_cpu_devices: int = Field(1, ge=1, description="replicas of one CPU worker, to try out mirroring")
-    precision: Literal["auto", "float32", "mixed_bfloat16"] = Field(
-        "auto", description="auto: mixed_bfloat16 where the hardware multiplies bfloat16"
+    precision: Literal["auto", "float32", "mixed_bfloat16", "mixed_float16"] = Field(
+        "auto", description="auto: bfloat16 where the hardware multiplies it, else float16 on GPUs"
     )
+    xla: Literal["auto", "always", "never"] = Field("auto", description="auto: on GPUs; on CPUs it is slower")
     seed: Seed = Field(0, description="of the weights, the order of patches and the augmentation")
     patience_epochs: int = Field(20, ge=1, description="early stopping: epochs without a better val Dice")
     max_failures: int = Field(3, ge=0, description="worker deaths that are survived by restarting the group")

@@ -1,6 +1,8 @@
-"""The 3D U-Net (Çiçek et al., 2016) with the window on Hounsfield units inside the network.
+"""3D U-Nets with the window on Hounsfield units inside the network: HU in, logits out, so training and
+every later use normalise alike.
 
-HU go in and one logit a voxel comes out, so training and every later use normalise alike.
+"unet" is the plain network (Çiçek et al., 2016), "resenc" has residual blocks in the encoder and one
+convolution a level in the decoder (nnU-Net's ResEnc; Isensee et al., 2024).
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import keras
 import tensorflow as tf
 
 from lungseg.config import ModelConfig
+from lungseg.model.norm import InstanceNorm
 
 
 @keras.saving.register_keras_serializable("lungseg")
@@ -32,49 +35,99 @@ class HuWindow(keras.layers.Layer):
 
 def build_unet(config: ModelConfig) -> keras.Model:
     """float HU [n, z, y, x, 1] -> float32 logits of the same shape; sides are multiples of
-    `config.total_stride`. Runs in the Keras dtype policy of the moment."""
+    `config.total_stride`. Runs in the Keras dtype policy of the moment.
+
+    With deep supervision of k levels the outputs are a list, `deep_logits` of 1/2, 1/4, … the sides after
+    the logits themselves.
+    """
     widths = [min(config.width * 2**level, config.max_width) for level in range(config.depth)]
     volume_hu = keras.Input((None, None, None, 1), dtype="float32", name="volume_hu")
     features = HuWindow(*config.hu_window, name="hu_window")(volume_hu)
     skips = []
     for level, width in enumerate(widths):
-        if level:
-            features = keras.layers.MaxPool3D(name=f"down{level}")(features)
-        features = _block(features, width, config, f"encode{level}")
+        features = _encode(features, level, width, config)
         skips.append(features)
     if config.dropout:
         features = keras.layers.SpatialDropout3D(config.dropout, name="dropout")(features)
+    outputs: list[Any] = []
     for level in reversed(range(config.depth - 1)):
         up = keras.layers.Conv3DTranspose(widths[level], 2, strides=2, name=f"up{level}")(features)
-        joined = keras.layers.Concatenate(name=f"skip{level}")([skips[level], up])
-        features = _block(joined, widths[level], config, f"decode{level}")
-    # A nodule voxel is rare: starting at p = 0.01 saves the first hundred steps (Lin et al., 2017).
-    rare = keras.initializers.Constant(-4.6)
-    logits = keras.layers.Conv3D(1, 1, dtype="float32", bias_initializer=rare, name="logits")(features)
-    return keras.Model(volume_hu, logits, name="unet")
+        features = keras.layers.Concatenate(name=f"skip{level}")([skips[level], up])
+        for part in "ab" if config.architecture == "unet" else "a":
+            features = _conv(features, widths[level], config, f"decode{level}{part}")
+        if level <= config.deep_supervision:
+            outputs.insert(0, _head(features, f"deep_logits{level}" if level else "logits"))
+    return keras.Model(
+        volume_hu, outputs if config.deep_supervision else outputs[0], name=config.architecture
+    )
 
 
 def with_probability(model: keras.Model) -> keras.Model:
     """The network that people pull: HU in, probability out."""
-    probability = keras.layers.Activation("sigmoid", dtype="float32", name="probability")(model.output)
+    probability = keras.layers.Activation("sigmoid", dtype="float32", name="probability")(model.outputs[0])
     return keras.Model(model.input, probability, name="lungseg")
 
 
-def _block(features: Any, width: int, config: ModelConfig, name: str) -> Any:
-    for half in "ab":
-        features = keras.layers.Conv3D(
-            width, 3, padding="same", use_bias=config.norm == "none", name=f"{name}{half}_conv"
-        )(features)
-        norm = _norm(config.norm, width, f"{name}{half}_norm")
-        features = norm(features) if norm else features
-        features = keras.layers.LeakyReLU(0.01, name=f"{name}{half}_act")(features)
+def _encode(features: Any, level: int, width: int, config: ModelConfig) -> Any:
+    """One level of the encoder, which halves every side but on the first level."""
+    name = f"encode{level}"
+    if config.architecture == "unet":
+        strides = 1 if level == 0 else 2
+        if level and config.downsampling == "pool":
+            features, strides = keras.layers.MaxPool3D(name=f"down{level}")(features), 1
+        features = _conv(features, width, config, f"{name}a", strides)
+        return _conv(features, width, config, f"{name}b")
+    if level == 0:
+        features = _conv(features, width, config, "stem")
+    for block in range(config.residual_blocks[level]):
+        strides = 2 if level and not block else 1
+        features = _residual(features, width, config, f"{name}_{block}", strides)
     return features
+
+
+def _residual(features: Any, width: int, config: ModelConfig, name: str, strides: int) -> Any:
+    """conv-norm-act-conv-norm beside the identity (averaged and projected where sides or channels change,
+    as in ResNet-D), then the activation."""
+    inner = _conv(features, width, config, f"{name}a", strides)
+    inner = _conv(inner, width, config, f"{name}b", activate=False)
+    if strides > 1:
+        features = keras.layers.AveragePooling3D(strides, name=f"{name}_pool")(features)
+    if features.shape[-1] != width:
+        features = _conv(features, width, config, f"{name}_project", size=1, activate=False)
+    joined = keras.layers.Add(name=f"{name}_add")([inner, features])
+    return keras.layers.LeakyReLU(0.01, name=f"{name}_act")(joined)
+
+
+def _conv(
+    features: Any,
+    width: int,
+    config: ModelConfig,
+    name: str,
+    strides: int = 1,
+    *,
+    size: int = 3,
+    activate: bool = True,
+) -> Any:
+    """Convolution, norm and activation."""
+    features = keras.layers.Conv3D(
+        width, size, strides, padding="same", use_bias=config.norm == "none", name=f"{name}_conv"
+    )(features)
+    norm = _norm(config.norm, width, f"{name}_norm")
+    features = norm(features) if norm else features
+    return keras.layers.LeakyReLU(0.01, name=f"{name}_act")(features) if activate else features
 
 
 def _norm(kind: str, width: int, name: str) -> keras.layers.Layer | None:
     if kind == "none":
         return None
+    if kind == "instance":
+        return InstanceNorm(name=name)
     if kind == "batch":
         return keras.layers.BatchNormalization(name=name)
-    groups = -1 if kind == "instance" else min(8, width)
-    return keras.layers.GroupNormalization(groups=groups, epsilon=1e-5, name=name)
+    return keras.layers.GroupNormalization(groups=min(8, width), epsilon=1e-5, name=name)
+
+
+def _head(features: Any, name: str) -> Any:
+    # A nodule voxel is rare: starting at p = 0.01 saves the first hundred steps (Lin et al., 2017).
+    rare = keras.initializers.Constant(-4.6)
+    return keras.layers.Conv3D(1, 1, dtype="float32", bias_initializer=rare, name=name)(features)

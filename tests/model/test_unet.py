@@ -50,10 +50,13 @@ def test_bfloat16_loses_no_hounsfield_units_before_the_window() -> None:
 
 
 @pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
+@pytest.mark.parametrize("architecture", ["unet", "resenc"])
 @pytest.mark.parametrize("norm", ["instance", "group", "batch", "none"])
-def test_logits_are_float32_of_the_input_shape_with_every_norm(norm: str, policy: str) -> None:
+def test_logits_are_float32_of_the_input_shape_with_every_norm(
+    norm: str, policy: str, architecture: str
+) -> None:
     keras.mixed_precision.set_dtype_policy(policy)
-    config = ModelConfig(width=4, depth=3, norm=norm, dropout=0.1)
+    config = ModelConfig(architecture=architecture, width=4, depth=3, norm=norm, dropout=0.1)
     logits = build_unet(config)(volume_hu())
     assert logits.dtype == tf.float32
     assert logits.shape == (2, 8, 12, 16, 1)
@@ -73,6 +76,48 @@ def test_sides_must_be_multiples_of_the_total_stride(depth: int) -> None:
 def test_widths_double_up_to_the_limit() -> None:
     model = build_unet(ModelConfig(width=4, depth=4, max_width=10))
     assert [model.get_layer(f"encode{level}a_conv").filters for level in range(4)] == [4, 8, 10, 10]
+
+
+def test_a_residual_encoder_has_the_blocks_it_is_told() -> None:
+    config = ModelConfig(architecture="resenc", width=4, depth=3, residual_blocks=(1, 2, 3))
+    names = {layer.name for layer in build_unet(config).layers}
+    adds = sorted(name for name in names if name.endswith("_add"))
+    assert adds == [f"encode{level}_{block}_add" for level in range(3) for block in range(level + 1)]
+    # Where sides or channels change, the identity is averaged and projected; elsewhere it is itself.
+    assert sorted(name for name in names if name.endswith("project_conv")) == [
+        "encode1_0_project_conv", "encode2_0_project_conv",
+    ]  # fmt: skip
+    assert not any(name.startswith("decode") and name.endswith("b_conv") for name in names)
+
+
+def test_a_block_whose_last_scale_is_zero_is_its_identity() -> None:
+    config = ModelConfig(architecture="resenc", width=4, depth=2, residual_blocks=(2, 1))
+    model = build_unet(config)
+    model.get_layer("encode0_1b_norm").gamma.assign(tf.zeros([4]))
+    ends = [model.get_layer(name).output for name in ("encode0_0_act", "encode0_1_act")]
+    before, after = keras.Model(model.input, ends)(volume_hu())
+    np.testing.assert_allclose(after, tf.nn.leaky_relu(before, 0.01), atol=1e-6)
+
+
+@pytest.mark.parametrize("downsampling", ["pool", "stride"])
+def test_deep_supervision_adds_logits_of_coarser_levels(downsampling: str) -> None:
+    config = ModelConfig(width=2, depth=4, deep_supervision=2, downsampling=downsampling)
+    model = build_unet(config)
+    shapes = [output.shape for output in model(volume_hu(shape=(2, 8, 16, 24, 1)))]
+    assert shapes == [(2, 8, 16, 24, 1), (2, 4, 8, 12, 1), (2, 2, 4, 6, 1)]
+    assert with_probability(model)(volume_hu(shape=(2, 8, 16, 24, 1))).shape == (2, 8, 16, 24, 1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"depth": 3, "deep_supervision": 2}, "at most depth - 2"),
+        ({"architecture": "resenc", "depth": 4, "residual_blocks": (1, 1)}, "must name 4 levels"),
+    ],
+)
+def test_levels_that_a_network_lacks_are_refused(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ModelConfig(**settings)  # type: ignore[arg-type]
 
 
 def test_a_new_network_takes_nodules_for_rare() -> None:

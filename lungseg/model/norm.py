@@ -1,0 +1,52 @@
+"""Instance normalisation as fast as the hardware's batch normalisation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+
+@keras.saving.register_keras_serializable("lungseg")
+class InstanceNorm(keras.layers.Layer):
+    """Each channel of each sample to mean 0 and variance 1, then scaled and shifted (Ulyanov et al., 2016).
+
+    [n, z, y, x, c] in the compute dtype in and out; statistics, scale and shift in float32. The batch
+    normalisation of one sample is its instance normalisation, and oneDNN and cuDNN have kernels for that:
+    a training step through them takes a third of the time of separate means, squares and products.
+    """
+
+    def __init__(self, epsilon: float = 1e-5, **kwargs: Any) -> None:
+        super().__init__(autocast=False, **kwargs)
+        self.epsilon = epsilon
+
+    def build(self, shape: tuple[int | None, ...]) -> None:
+        common: dict[str, Any] = {"shape": (shape[-1],), "dtype": "float32", "autocast": False}
+        self.gamma = self.add_weight(**common, initializer="ones", name="gamma")
+        self.beta = self.add_weight(**common, initializer="zeros", name="beta")
+
+    def call(self, features: tf.Tensor) -> tf.Tensor:
+        features = tf.cast(features, self.compute_dtype)
+        if features.shape[0] is None:
+            return tf.ensure_shape(tf.map_fn(self._sample, features), features.shape)
+        return tf.stack([self._sample(sample) for sample in tf.unstack(features)])
+
+    def _sample(self, sample: tf.Tensor) -> tf.Tensor:
+        shape = tf.shape(sample)
+        # Four dimensions: for five, TensorFlow 2.21 has no kernel of oneDNN's.
+        flat = tf.reshape(sample, [1, shape[0] * shape[1], shape[2], sample.shape[-1]])
+        empty = tf.zeros([0], tf.float32)
+        normal = tf.raw_ops.FusedBatchNormV3(
+            x=flat,
+            scale=tf.convert_to_tensor(self.gamma),
+            offset=tf.convert_to_tensor(self.beta),
+            mean=empty,
+            variance=empty,
+            epsilon=self.epsilon,
+            is_training=True,
+        ).y
+        return tf.reshape(normal, shape)
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "epsilon": self.epsilon}
