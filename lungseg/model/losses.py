@@ -9,7 +9,7 @@ is the mean.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 
@@ -33,6 +33,28 @@ def make_loss(config: LossConfig) -> Loss:
         return lambda logits, mask: tf.pow(tf.maximum(parts["tversky"](logits, mask), 1e-6), 0.75)
     chosen = [parts[name] for name in config.name.split("_")]
     return lambda logits, mask: tf.add_n([part(logits, mask) for part in chosen])
+
+
+def supervise(loss: Loss, outputs: Sequence[tf.Tensor], mask: tf.Tensor) -> tf.Tensor:
+    """The loss of a network with deep supervision, float32 [n]: `outputs` are logits at full size, at 1/2,
+    1/4, …; each counts half as much as the one before, and the weights sum to 1 (Isensee et al., 2021)."""
+    total = sum(0.5**level for level in range(len(outputs)))
+    losses = [
+        loss(logits, coarse_mask(mask, 2**level)) * (0.5**level / total)
+        for level, logits in enumerate(outputs)
+    ]
+    return tf.add_n(losses)
+
+
+def coarse_mask(mask: tf.Tensor, factor: int) -> tf.Tensor:
+    """uint8 [n, z, y, x, 1] with sides divided: nodule where any voxel of the block is, else ignored where
+    any is. A nearest voxel would lose the small nodules."""
+    if factor == 1:
+        return mask
+    rank = tf.where(mask == 1, 2.0, tf.where(mask == 255, 1.0, 0.0))
+    rank = tf.nn.max_pool3d(rank, factor, factor, "VALID")
+    values = tf.where(rank == 2, 1, tf.where(rank == 1, 255, 0))
+    return tf.cast(values, tf.uint8)
 
 
 def target_and_weight(mask: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:

@@ -24,7 +24,7 @@ from lungseg.data.stream import PatchStream
 from lungseg.errors import RunError
 from lungseg.storage import Store
 from lungseg.telemetry import DATA_WAIT_SECONDS, PATCHES, STEP_SECONDS, TRAIN_LOSS, VAL_DICE, log
-from lungseg.train.checkpoint import Checkpoints, TrainState, arrays, assign
+from lungseg.train.checkpoint import Checkpoints, TrainState
 from lungseg.train.export import export_model
 from lungseg.train.step import Stepper, ValSums
 from lungseg.train.strategy import make_strategy, set_precision
@@ -89,7 +89,7 @@ def run_worker(job: Job, session: Session) -> None:
         while not state.ended(recipe.train):
             metrics = _epoch(job, session, stepper, stream, batches, steps, state.epoch)
             with open_stream(split="val", training=False) as val:
-                sums = sum((stepper.validate(batch) for batch in val), ValSums())
+                sums = sum((stepper.validate(stepper.place(batch)) for batch in val), ValSums())
             metrics |= {"val_dice": sums.dice, "seconds": time.monotonic() - began}
             # Clocks differ between ranks; all must stop after the same epoch.
             metrics = session.share(metrics)
@@ -107,8 +107,7 @@ def _restore(job: Job, session: Session, checkpoints: Checkpoints, stepper: Step
         recipe = job.recipe.model_dump(mode="json")
         return TrainState(job.attempt, 0, 0, job.manifest.sha256, recipe, -1.0, 0, 0.0)
     found = found or checkpoints.read(name)
-    assign(stepper.model.weights, found.weights, name)
-    assign(stepper.optimizer.variables, found.optimizer, name)
+    stepper.restore(found.weights, found.optimizer, name)
     if session.rank == 0:
         # Whoever was killed between committing its best checkpoint and publishing it left this undone.
         _publish(job, checkpoints, stepper, found.state, name)
@@ -132,7 +131,7 @@ def _epoch(
     waited, began = stream.waited_seconds, time.monotonic()
     for number in range(1, steps + 1):
         start = time.monotonic()
-        losses.append(stepper.train(next(batches)))
+        losses.append(stepper.train(stepper.place(next(batches))).loss)
         STEP_SECONDS.labels(*labels).observe(time.monotonic() - start)
         if number % every == 0 or number == steps:
             recent = float(losses[-1])
@@ -173,7 +172,7 @@ def _write(job: Job, checkpoints: Checkpoints, stepper: Stepper, state: TrainSta
     """Rank 0 after an epoch: the metrics line, the checkpoint, the best pointer, then retention."""
     val_dice, better = state.metrics["val_dice"], False
     VAL_DICE.labels(job.root, "", "0").set(val_dice)
-    weights, optimizer = arrays(stepper.model.weights), arrays(stepper.optimizer.variables)
+    weights, optimizer = stepper.weights(), stepper.training_state()
     if not all(np.isfinite(array).all() for array in weights.values()):
         raise _diverged(job, state.epoch, state.step)  # a resume from such weights would be stuck for ever
     _append_metrics(job, state)

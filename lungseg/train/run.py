@@ -89,9 +89,12 @@ def check_fit(manifest: Manifest, recipe: Recipe) -> None:
     if not manifest.rows("val"):
         remedy = "prepare data of more patients, or with data.split.val above 0"
         raise DataError("no-validation", data=manifest.name, remedy=remedy)
-    sides, stride = manifest.patch_shape_zyx, recipe.model.total_stride
-    if any(side % stride for side in sides):
+    patch, stride = manifest.patch_shape_zyx, recipe.model.total_stride
+    sides = recipe.augment.crop_zyx or patch
+    if any(side % stride for side in (*sides, *patch)):
         message, remedy = f"no multiple of {stride} voxels", "lower model.depth, or prepare other patches"
+    elif any(side > whole for side, whole in zip(sides, patch, strict=True)):
+        message, remedy = f"patches have {patch}", "lower augment.crop_zyx"
     elif recipe.augment.turns and sides[1] != sides[2]:
         message, remedy = "turns need square slices", "set augment.turns=false"
     else:

@@ -6,18 +6,24 @@ replicas hold equal weights and the result does not depend on how many there are
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from lungseg.config import OptimizerConfig, Recipe
+from lungseg.config import Recipe
 from lungseg.data.stream import Batch
 from lungseg.model.augment import augment
-from lungseg.model.losses import make_loss, target_and_weight
+from lungseg.model.losses import make_loss, supervise, target_and_weight
 from lungseg.model.unet import build_unet
+from lungseg.train.checkpoint import arrays, assign
+from lungseg.train.optimizer import Schedule, make_optimizer
+
+_TRAINED = "trained/"
+"""Before the paths of the weights in training, where the averaged ones are saved under their own paths."""
 
 
 @dataclass(frozen=True)
@@ -40,36 +46,51 @@ class ValSums:
         return 2 * self.hit / total if total else 1.0
 
 
+class Placed(NamedTuple):
+    """A batch on the devices: what every replica gets of image, mask and rows."""
+
+    image: Any
+    mask: Any
+    rows: Any
+    step: tf.Tensor
+
+
+class Measured(NamedTuple):
+    """Of one step, still on the device: reading it waits for the step."""
+
+    loss: tf.Tensor
+    gradient_norm: tf.Tensor
+
+
 class Stepper:
-    """Model and optimiser under a strategy. `step` counts optimiser updates from 0."""
+    """Networks and optimiser under a strategy. `step` counts optimiser updates from 0.
+
+    `model` is the network that is validated and published: the moving average of the weights where the
+    recipe asks for one, else the network in training itself.
+    """
 
     def __init__(self, recipe: Recipe, strategy: tf.distribute.Strategy, total_steps: int) -> None:
         self.strategy = strategy
         self._recipe = recipe
         self._loss = make_loss(recipe.loss)
         keras.utils.set_random_seed(recipe.train.seed)
+        self._scaled = keras.mixed_precision.dtype_policy().compute_dtype == "float16"
         with strategy.scope():
-            self.model = build_unet(recipe.model)
-            self.optimizer = make_optimizer(recipe.optimizer, total_steps)
-            self.optimizer.build(self.model.trainable_variables)
-        # The gradients that `_train` hands over are summed already: they had to be, to be clipped.
-        self.optimizer._all_reduce_sum_gradients = lambda pairs: pairs
+            self._trained = self.model = build_unet(recipe.model)
+            if recipe.optimizer.ema:
+                self.model = build_unet(recipe.model)
+                self.model.set_weights(self._trained.get_weights())
+            self.schedule = Schedule(recipe.optimizer, recipe.train.global_batch, total_steps)
+            self.optimizer = make_optimizer(recipe.optimizer, self.schedule, scale_loss=self._scaled)
+            self.optimizer.build(self._trained.trainable_variables)
+        gpus = bool(tf.config.list_logical_devices("GPU"))
+        xla = recipe.train.xla == "always" or (recipe.train.xla == "auto" and gpus)
+        self._gradients = tf.function(self._loss_and_gradients, jit_compile=xla)
 
-    def train(self, batch: Batch) -> tf.Tensor:
-        """Update the weights once; the mean loss of the global batch, still on the device."""
-        return self._train(*self._distribute(batch), tf.constant(batch.step, tf.int64))
-
-    def validate(self, batch: Batch) -> ValSums:
-        image, mask, _ = self._distribute(batch)
-        return ValSums(*(float(total) for total in self._validate(image, mask)))
-
-    def _distribute(self, batch: Batch) -> tuple[Any, Any, Any]:
+    def place(self, batch: Batch) -> Placed:
         """This worker's rows, dealt out to its replicas in their order."""
         local = self.strategy.num_replicas_in_sync // _workers(self.strategy)
         rows = np.arange(batch.first_row, batch.first_row + len(batch.mask), dtype=np.int64)
-        arrays = batch.image_hu, batch.mask, rows
-        if local == 1:
-            return tuple(tf.convert_to_tensor(array) for array in arrays)
         share = len(rows) // local
 
         def part(array: np.ndarray) -> Any:
@@ -79,33 +100,92 @@ class Stepper:
 
             return self.strategy.experimental_distribute_values_from_function(of)
 
-        return tuple(part(array) for array in arrays)
+        return Placed(part(batch.image_hu), part(batch.mask), part(rows), tf.constant(batch.step, tf.int64))
+
+    def train(self, placed: Placed) -> Measured:
+        """Update the weights once."""
+        return Measured(*self._train(*placed))
+
+    def validate(self, placed: Placed) -> ValSums:
+        return ValSums(*(float(total) for total in self._validate(placed.image, placed.mask)))
+
+    def learning_rate(self, step: int) -> float:
+        return float(self.schedule(step))
+
+    def plan(self, total_steps: int) -> None:
+        """Let the learning-rate schedule end there."""
+        self.schedule.total_steps.assign(total_steps)
+
+    def weights(self) -> dict[str, np.ndarray]:
+        """What is validated and published, copied to the host, by path."""
+        return arrays(self.model.weights)
+
+    def training_state(self) -> dict[str, np.ndarray]:
+        """What training needs besides to go on: the optimiser, and the weights behind their average."""
+        averaged = self.model is not self._trained
+        trained = arrays(self._trained.weights) if averaged else {}
+        return arrays(self.optimizer.variables) | {_TRAINED + path: a for path, a in trained.items()}
+
+    def restore(
+        self, weights: Mapping[str, np.ndarray], training_state: Mapping[str, np.ndarray], checkpoint: str
+    ) -> None:
+        """Raises RunError("checkpoint-mismatch")."""
+        behind = {k.removeprefix(_TRAINED): a for k, a in training_state.items() if k.startswith(_TRAINED)}
+        optimizer = {k: a for k, a in training_state.items() if not k.startswith(_TRAINED)}
+        assign(self.model.weights, weights, checkpoint)
+        assign(self.optimizer.variables, optimizer, checkpoint)
+        if self.model is not self._trained:
+            assign(self._trained.weights, behind, checkpoint)
 
     @tf.function
-    def _train(self, image: Any, mask: Any, rows: Any, step: tf.Tensor) -> tf.Tensor:
+    def _train(self, image: Any, mask: Any, rows: Any, step: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        measured = self.strategy.run(self._replica, (image, mask, rows, step))
+        if self.model is not self._trained:
+            self._average(step)
+        total = tf.distribute.ReduceOp.SUM
+        # The norm is of the summed gradients, and the same everywhere.
+        norm = self.strategy.experimental_local_results(measured[1])[0]
+        return self.strategy.reduce(total, measured[0], axis=None), norm
+
+    def _replica(
+        self, image: tf.Tensor, mask: tf.Tensor, rows: tf.Tensor, step: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor]:
         recipe = self._recipe
-        variables = self.model.trainable_variables
+        hu, target = tf.cast(image, tf.float32)[..., tf.newaxis], mask[..., tf.newaxis]
+        hu, target = augment(
+            hu, target, recipe.augment, recipe.model.hu_window, recipe.train.seed, step, rows
+        )
+        scale = self.optimizer.scale_loss(tf.constant(1.0)) if self._scaled else tf.constant(1.0)
+        loss, gradients = self._gradients(hu, target, scale)
+        context = tf.distribute.get_replica_context()
+        gradients = context.all_reduce(tf.distribute.ReduceOp.SUM, gradients)
+        gradients, norm = tf.clip_by_global_norm(gradients, recipe.optimizer.clip_norm * scale)
+        self.optimizer.apply(gradients, self._trained.trainable_variables)
+        return loss, norm / scale
 
-        def replica(image: tf.Tensor, mask: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:
-            hu, target = tf.cast(image, tf.float32)[..., tf.newaxis], mask[..., tf.newaxis]
-            hu, target = augment(hu, target, recipe.augment, recipe.train.seed, step, rows)
-            with tf.GradientTape() as tape:
-                losses = self._loss(self.model(hu, training=True), target)
-                loss = tf.reduce_sum(losses) / recipe.train.global_batch
-            gradients = tape.gradient(loss, [v.value for v in variables])
-            context = tf.distribute.get_replica_context()
-            gradients = context.all_reduce(tf.distribute.ReduceOp.SUM, gradients)
-            gradients, _ = tf.clip_by_global_norm(gradients, recipe.optimizer.clip_norm)
-            self.optimizer.apply(gradients, variables)
-            return loss
+    def _loss_and_gradients(
+        self, hu: tf.Tensor, mask: tf.Tensor, scale: tf.Tensor
+    ) -> tuple[tf.Tensor, list[tf.Tensor]]:
+        """This replica's part of the mean over the global batch; its gradients times `scale`."""
+        with tf.GradientTape() as tape:
+            losses = supervise(self._loss, _outputs(self._trained(hu, training=True)), mask)
+            loss = tf.reduce_sum(losses) / self._recipe.train.global_batch
+            scaled = loss * scale
+        return loss, tape.gradient(scaled, [v.value for v in self._trained.trainable_variables])
 
-        loss = self.strategy.run(replica, (image, mask, rows))
-        return self.strategy.reduce(tf.distribute.ReduceOp.SUM, loss, axis=None)
+    def _average(self, step: tf.Tensor) -> None:
+        """Move the average towards the weights; faster at first, when they are far from any good."""
+        done = tf.cast(step, tf.float32)
+        decay = tf.minimum(self._recipe.optimizer.ema, (1 + done) / (10 + done))
+        for average, now in zip(self.model.weights, self._trained.weights, strict=True):
+            self.strategy.extended.update(
+                average.value, lambda a, w: a.assign_add((1 - decay) * (w - a)), args=(now.value,)
+            )
 
     @tf.function
     def _validate(self, image: Any, mask: Any) -> list[tf.Tensor]:
         def replica(image: tf.Tensor, mask: tf.Tensor) -> tuple[tf.Tensor, ...]:
-            logits = self.model(tf.cast(image, tf.float32)[..., tf.newaxis], training=False)
+            logits = _outputs(self.model(tf.cast(image, tf.float32)[..., tf.newaxis], training=False))[0]
             target, weight = target_and_weight(mask[..., tf.newaxis])
             predicted = tf.cast(logits > 0, tf.float32) * weight
             return tf.reduce_sum(predicted * target), tf.reduce_sum(predicted), tf.reduce_sum(target)
@@ -114,25 +194,9 @@ class Stepper:
         return [self.strategy.reduce(tf.distribute.ReduceOp.SUM, one, axis=None) for one in sums]
 
 
-def make_optimizer(config: OptimizerConfig, total_steps: int) -> keras.optimizers.Optimizer:
-    """AdamW or SGD with Nesterov momentum, decoupled weight decay (not on norms and biases)."""
-    rate = config.learning_rate
-    if config.schedule == "cosine":
-        warmup = min(config.warmup_steps, total_steps // 2)
-        rate = keras.optimizers.schedules.CosineDecay(
-            rate / 100 if warmup else rate,
-            max(1, total_steps - warmup),
-            warmup_target=rate if warmup else None,
-            warmup_steps=warmup,
-        )
-    # Named, since checkpoints hold variables by path, and Keras numbers the names that it gives itself.
-    common: dict[str, Any] = {"weight_decay": config.weight_decay, "name": "optimizer"}
-    if config.name == "adamw":
-        optimizer = keras.optimizers.AdamW(rate, **common)
-    else:
-        optimizer = keras.optimizers.SGD(rate, momentum=config.momentum, nesterov=True, **common)
-    optimizer.exclude_from_weight_decay(var_names=["gamma", "beta", "bias"])
-    return optimizer
+def _outputs(outputs: Any) -> list[tf.Tensor]:
+    """Logits, and those of coarser levels where a network is deeply supervised."""
+    return outputs if isinstance(outputs, list) else [outputs]
 
 
 def _workers(strategy: tf.distribute.Strategy) -> int:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lungseg.config import LossConfig, LossName
-from lungseg.model.losses import make_loss
+from lungseg.model.losses import coarse_mask, make_loss, supervise
 
 NAMES = get_args(LossName)
 GAMMA, ALPHA = 1.5, 0.2
@@ -145,3 +145,23 @@ def test_a_small_tversky_alpha_punishes_misses_more() -> None:
     missed[:, :2], excess[:, 6:] = 50, -50  # half of the target missed; as many voxels too many
     loss = make_loss(LossConfig(name="tversky", tversky_alpha=0.1))
     assert value_and_gradient(loss, missed, mask)[0] > 2 * value_and_gradient(loss, excess, mask)[0]
+
+
+def test_a_coarse_voxel_is_nodule_where_any_of_its_voxels_is_else_ignored_where_any_is() -> None:
+    mask = np.random.default_rng(0).choice([0, 1, 255], (2, 8, 8, 8, 1), p=[0.9, 0.05, 0.05]).astype(np.uint8)
+    for factor in (1, 2, 4):
+        coarse, side = coarse_mask(tf.constant(mask), factor).numpy(), 8 // factor
+        for n, z, y, x in np.ndindex(2, side, side, side):
+            block = mask[n, z * factor :, y * factor :, x * factor :][:factor, :factor, :factor]
+            assert coarse[n, z, y, x, 0] == (1 if (block == 1).any() else 255 if (block == 255).any() else 0)
+
+
+def test_deep_supervision_halves_the_weight_of_each_level_and_sums_to_one() -> None:
+    mask = tf.constant(np.random.default_rng(0).choice([0, 1], (2, 8, 8, 8, 1)), tf.uint8)
+    loss = loss_of("dice_bce")
+    outputs = [tf.random.stateless_normal((2, s, s, s, 1), (s, 0)) for s in (8, 4, 2)]
+    single = [loss(logits, coarse_mask(mask, 8 // logits.shape[1])) for logits in outputs]
+    np.testing.assert_allclose(
+        supervise(loss, outputs, mask), (4 * single[0] + 2 * single[1] + single[2]) / 7, rtol=1e-6
+    )
+    np.testing.assert_allclose(supervise(loss, outputs[:1], mask), single[0], rtol=1e-6)

@@ -1,0 +1,54 @@
+"""How weights move: the learning-rate schedule and the optimisers."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from lungseg.config import OptimizerConfig
+
+
+class Schedule(keras.optimizers.schedules.LearningRateSchedule):
+    """Warm-up from 0, then constant, half a cosine, or (1 - t)^power (Chen et al., 2017), to `total_steps`.
+
+    `total_steps` is a variable, so that a run whose end is a time and not an epoch can move it.
+    """
+
+    def __init__(self, config: OptimizerConfig, global_batch: int, total_steps: int) -> None:
+        self.config = config
+        self.peak = config.learning_rate * global_batch / (config.reference_batch or global_batch)
+        self.total_steps = keras.Variable(total_steps, trainable=False, dtype="float32", name="total_steps")
+
+    def __call__(self, step: Any) -> tf.Tensor:
+        total = tf.convert_to_tensor(self.total_steps)
+        step = tf.cast(step, tf.float32)
+        warmup = tf.minimum(float(self.config.warmup_steps), total / 2)
+        rising = (step + 1) / tf.maximum(warmup, 1.0)
+        done = tf.clip_by_value((step - warmup) / tf.maximum(total - warmup, 1.0), 0.0, 1.0)
+        falling = {
+            "constant": tf.ones_like(done),
+            "cosine": 0.5 * (1 + tf.cos(math.pi * done)),
+            "polynomial": tf.pow(1 - done, self.config.power),
+        }[self.config.schedule]
+        return self.peak * tf.where(step < warmup, rising, falling)
+
+    def get_config(self) -> dict[str, Any]:
+        raise NotImplementedError("rebuilt from the recipe, never from a saved optimiser")
+
+
+def make_optimizer(config: OptimizerConfig, schedule: Schedule, *, scale_loss: bool) -> Any:
+    """AdamW or SGD with Nesterov momentum, decoupled weight decay (not on norms and biases); with a scaled
+    loss for float16, where steps of infinite gradients are left out."""
+    # Named, since checkpoints hold variables by path, and Keras numbers the names that it gives itself.
+    common: dict[str, Any] = {"weight_decay": config.weight_decay, "name": "optimizer"}
+    if config.name == "adamw":
+        optimizer = keras.optimizers.AdamW(schedule, **common)
+    else:
+        optimizer = keras.optimizers.SGD(schedule, momentum=config.momentum, nesterov=True, **common)
+    optimizer.exclude_from_weight_decay(var_names=["gamma", "beta", "bias"])
+    # The gradients that it gets are summed over the replicas already: they had to be, to be clipped.
+    optimizer._all_reduce_sum_gradients = lambda pairs: pairs
+    return keras.optimizers.LossScaleOptimizer(optimizer, name="loss_scale") if scale_loss else optimizer

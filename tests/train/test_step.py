@@ -1,0 +1,119 @@
+"""The step: averages, compiled and scaled steps, and a state that is all there is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from lungseg.config import load_recipe
+from lungseg.data.stream import Batch
+from lungseg.errors import RunError
+from lungseg.train.step import Stepper
+
+SHAPE = (8, 8, 8)
+
+
+@pytest.fixture(autouse=True)
+def _float32() -> Iterator[None]:
+    yield
+    keras.mixed_precision.set_dtype_policy("float32")
+
+
+def stepper(*settings: str, policy: str = "float32") -> Stepper:
+    keras.mixed_precision.set_dtype_policy(policy)
+    # Strided, since TensorFlow has no pooling of float16 for CPUs.
+    quick = (
+        "model.width=2",
+        "model.depth=3",
+        "model.downsampling=stride",
+        "optimizer.warmup_steps=0",
+        "optimizer.schedule=constant",
+    )
+    recipe = load_recipe(None, [*quick, "train.global_batch=2", *settings])
+    return Stepper(recipe, tf.distribute.get_strategy(), total_steps=20)
+
+
+def batch(step: int) -> Batch:
+    random = np.random.default_rng(step)
+    mask = (random.random((2, *SHAPE)) < 0.2).astype(np.uint8)
+    image = np.where(mask, 0, -800) + random.normal(0, 50, mask.shape)
+    return Batch(step=step, first_row=0, image_hu=image.astype(np.int16), mask=mask)
+
+
+def train(one: Stepper, steps: range) -> list[tuple[float, float]]:
+    return [tuple(float(part) for part in one.train(one.place(batch(step)))) for step in steps]  # type: ignore[misc]
+
+
+def test_the_average_follows_its_formula_and_is_what_is_published() -> None:
+    one = stepper("optimizer.ema=0.9")
+    path = "logits/kernel"
+    average = one.weights()[path].astype(np.float64)
+    for step in range(4):
+        train(one, range(step, step + 1))
+        now = one.training_state()["trained/" + path]
+        decay = min(0.9, (1 + step) / (10 + step))
+        average = decay * average + (1 - decay) * now
+        np.testing.assert_allclose(one.weights()[path], average, rtol=1e-5)
+        assert not np.array_equal(now, average)
+
+
+@pytest.mark.parametrize("settings", [(), ("optimizer.ema=0.9",), ("model.deep_supervision=1",)])
+def test_a_restored_stepper_goes_on_bit_for_bit(settings: tuple[str, ...]) -> None:
+    undisturbed, killed, resumed = (stepper(*settings) for _ in range(3))
+    train(undisturbed, range(4))
+    train(killed, range(2))
+    train(resumed, range(5, 6))
+    resumed.restore(killed.weights(), killed.training_state(), "name")
+    train(resumed, range(2, 4))
+    for part in ("weights", "training_state"):
+        expected, found = getattr(undisturbed, part)(), getattr(resumed, part)()
+        assert {k: v.tobytes() for k, v in found.items()} == {k: v.tobytes() for k, v in expected.items()}
+
+
+def test_a_checkpoint_without_an_average_is_refused_where_one_is_asked_for() -> None:
+    plain, averaging = stepper(), stepper("optimizer.ema=0.9")
+    with pytest.raises(RunError, match="checkpoint-mismatch"):
+        averaging.restore(plain.weights(), plain.training_state(), "name")
+
+
+def test_a_compiled_step_trains_the_same_network() -> None:
+    """XLA is for GPUs; here it compiles the same graph for the CPU."""
+    plain, compiled = (stepper(f"train.xla={xla}") for xla in ("never", "always"))
+    np.testing.assert_allclose(train(compiled, range(3)), train(plain, range(3)), rtol=1e-3)
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+def test_half_precision_trains_as_float32_does(policy: str) -> None:
+    reference, half = train(stepper(), range(4)), train(stepper(policy=policy), range(4))
+    np.testing.assert_allclose([loss for loss, _ in half], [loss for loss, _ in reference], rtol=0.02)
+    np.testing.assert_allclose([norm for _, norm in half], [norm for _, norm in reference], rtol=0.1)
+
+
+def test_a_step_of_infinite_gradients_is_left_out_and_the_scale_of_the_loss_halved() -> None:
+    one = stepper(policy="mixed_float16")
+    train(one, range(1))
+    scale = one.optimizer.dynamic_scale
+    before = one.weights()
+    scale.assign(1e30)  # no float16 holds such a gradient
+    (_, norm) = train(one, range(1, 2))[0]
+    assert not np.isfinite(norm)
+    assert float(scale) == pytest.approx(0.5e30)
+    assert all(np.array_equal(before[path], now) for path, now in one.weights().items())
+
+
+def test_the_gradient_norm_is_that_before_clipping() -> None:
+    free, clipped = stepper("optimizer.clip_norm=1e9"), stepper("optimizer.clip_norm=1e-3")
+    assert train(clipped, range(1))[0][1] == pytest.approx(train(free, range(1))[0][1], rel=1e-5)
+    assert train(clipped, range(1))[0][1] > 0.01
+
+
+def test_patches_without_nodules_give_finite_steps() -> None:
+    one = stepper("loss.name=dice_focal")
+    empty: Any = batch(0)
+    one.train(one.place(Batch(step=0, first_row=0, image_hu=empty.image_hu, mask=np.zeros_like(empty.mask))))
+    assert all(np.isfinite(array).all() for array in one.weights().values())
