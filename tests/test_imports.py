@@ -93,7 +93,7 @@ def test_only_a_few_modules_know_ray() -> None:
 
 def test_tensorflow_is_imported_at_the_head_of_model_and_train_only() -> None:
     heads = users("tensorflow", "keras", module_level=True)
-    training = {f"lungseg.train.{name}" for name in ("strategy", "step", "loop", "export")}
+    training = {f"lungseg.train.{name}" for name in ("strategy", "step", "loop", "export", "optimizer")}
     assert {name for name in heads if room_of(name) != "model"} <= training
 
 
