@@ -18,6 +18,7 @@ from lungseg.errors import ConfigError
 
 Codec = Literal["raw", "lz4", "zstd", "planes-lz4", "planes-zstd"]
 LossName = Literal["dice", "bce", "dice_bce", "dice_focal", "focal", "tversky", "focal_tversky"]
+LidcMask = Literal["consensus", "union", "reader1", "reader2", "reader3", "reader4"]
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Side = Annotated[int, Field(ge=1, le=1024)]
@@ -38,6 +39,8 @@ class LidcConfig(_Frozen):
     consensus: float = Field(0.5, gt=0, le=1, description="share of readers who must have outlined a voxel")
     min_diameter_mm: float = Field(3.0, ge=0, description="smaller nodules become ignore regions")
     max_slice_thickness_mm: float = Field(2.5, gt=0, description="thicker scans are excluded")
+    mask: LidcMask = Field("consensus", description="whose outline is the target; readers as clustered")
+    ignore_others: bool = Field(True, description="other marks are ignore regions; false: background")
 
 
 class SplitConfig(_Frozen):

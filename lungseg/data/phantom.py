@@ -19,7 +19,8 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 from lungseg.data import pylidc_compat
 from lungseg.data.anatomy import Lesion, synthesise
-from lungseg.data.lidc import COLUMNS, ROWS, Mark, is_regular, read_marks
+from lungseg.data.lidc import COLUMNS, ROWS, is_regular
+from lungseg.data.marks import Mark, read_marks
 from lungseg.data.volume import Geometry
 from lungseg.errors import DataError
 
@@ -145,7 +146,7 @@ def _choose(count: int, seed: int) -> Iterator[_Scan]:
             zvals = scan.slice_zvals
             if scan.patient_id in patients or not is_regular(zvals):
                 continue
-            marks = tuple(mark for mark in read_marks(scan, CONSENSUS) if mark.consensus.any())
+            marks = tuple(mark for mark in read_marks(scan) if mark.consensus(CONSENSUS).any())
             largest = max((mark.diameter_mm for mark in marks), default=0.0)
             targets = [mark.diameter_mm for mark in marks if mark.readers >= MIN_READERS]
             if not targets or max(targets) < NODULE_MM[0] or largest > NODULE_MM[1]:
@@ -188,7 +189,7 @@ def _write(folder: Path, scan: _Scan, seed: int, comments: str) -> None:
     lesions = []
     for mark in scan.marks:
         z, y, x = (int(side.start) for side in mark.box)
-        lesions.append(Lesion((z, y, x), mark.consensus, mark.texture))
+        lesions.append(Lesion((z, y, x), mark.consensus(CONSENSUS), mark.texture))
     geometry = scan.geometry
     rng = np.random.default_rng([seed, scan.scan_id])
     volume_hu = synthesise(geometry.shape_zyx, geometry.spacing_mm, lesions, rng)

