@@ -14,84 +14,18 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from lungseg.config.data import DataConfig, LidcConfig, PatchConfig, ShardConfig, SplitConfig
+from lungseg.config.fields import Codec, Frozen, LidcMask, Positive, Seed, Shape, Share
 from lungseg.errors import ConfigError
 
-Codec = Literal["raw", "lz4", "zstd", "planes-lz4", "planes-zstd"]
+__all__ = ["Codec", "DataConfig", "LidcConfig", "LidcMask", "PatchConfig", "ShardConfig", "SplitConfig"]
+
 LossName = Literal["dice", "bce", "dice_bce", "dice_focal", "focal", "tversky", "focal_tversky"]
-LidcMask = Literal["consensus", "union", "reader1", "reader2", "reader3", "reader4"]
-Positive = Annotated[float, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Side = Annotated[int, Field(ge=1, le=1024)]
-Shape = tuple[Side, Side, Side]
-Seed = Annotated[int, Field(ge=0, lt=1 << 31)]
 Width = Annotated[int, Field(ge=2)]
 Blocks = Annotated[int, Field(ge=1, le=16)]
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
-
-
-class LidcConfig(_Frozen):
-    """The field's LIDC-IDRI protocol."""
-
-    min_readers: int = Field(3, ge=1, le=4, description="readers who must have marked a nodule")
-    consensus: float = Field(0.5, gt=0, le=1, description="share of readers who must have outlined a voxel")
-    min_diameter_mm: float = Field(3.0, ge=0, description="smaller nodules become ignore regions")
-    max_slice_thickness_mm: float = Field(2.5, gt=0, description="thicker scans are excluded")
-    mask: LidcMask = Field("consensus", description="whose outline is the target; readers as clustered")
-    ignore_others: bool = Field(True, description="other marks are ignore regions; false: background")
-
-
-class SplitConfig(_Frozen):
-    """Shares of the patients in each split; what remains is for training."""
-
-    val: Share = Field(0.15, description="patients that choose the best epoch")
-    test: Share = Field(0.15, description="patients that only `lungseg evaluate` sees")
-    seed: Seed = Field(0, description="another seed deals the patients out anew")
-
-    @model_validator(mode="after")
-    def _leaves_training(self) -> SplitConfig:
-        if self.val + self.test >= 1:
-            raise ValueError("val + test must be below 1, or nothing is left to train on")
-        return self
-
-
-class PatchConfig(_Frozen):
-    """Which patches are cut from a training or validation scan."""
-
-    shape_zyx: Shape = Field((64, 64, 64), description="voxels (z, y, x), multiples of 2^(model.depth - 1)")
-    positives_per_nodule: int = Field(4, ge=1, description="jittered patches around each nodule")
-    jitter: Share = Field(0.6, description="largest offset of a nodule from the centre, as share of half")
-    hard_negatives_per_scan: int = Field(8, ge=0, description="bright lung voxels away from nodules")
-    lung_negatives_per_scan: int = Field(4, ge=0, description="random places in the lungs")
-    outside_per_scan: int = Field(2, ge=0, description="random places in the body outside the lungs")
-    seed: Seed = Field(0, description="of the jitter and the choice of negatives")
-
-
-class ShardConfig(_Frozen):
-    """How patches lie in object storage."""
-
-    target_mib: int = Field(128, ge=1, le=1024, description="MiB of one shard, before compression")
-    rows_per_batch: int = Field(2, ge=1, description="patches in a record batch, the unit of the shuffle")
-    batches_per_get: int = Field(4, ge=1, description="adjacent record batches that one GET fetches")
-    codec: Codec = Field("planes-lz4", description="of images; planes: low and high bytes apart")
-    seed: Seed = Field(0, description="of the shuffle over all scans")
-
-
-class DataConfig(_Frozen):
-    """How scans become a data set."""
-
-    spacing_mm: tuple[Positive, Positive, Positive] = Field(
-        (1.0, 1.0, 1.0), description="(z, y, x); scans are resampled to it, also by `lungseg predict`"
-    )
-    lidc: LidcConfig = LidcConfig()
-    split: SplitConfig = SplitConfig()
-    patch: PatchConfig = PatchConfig()
-    shard: ShardConfig = ShardConfig()
-
-
-class StreamConfig(_Frozen):
+class StreamConfig(Frozen):
     """Reading patches back: bounds on memory, disk, time and patience."""
 
     prefetch_mib: int = Field(256, ge=1, description="decoded patches that may wait in memory")
@@ -111,7 +45,7 @@ class StreamConfig(_Frozen):
     cache_gib: Positive = Field(50.0, description="the cache's bound; all workers of a node share it")
 
 
-class ModelConfig(_Frozen):
+class ModelConfig(Frozen):
     """A 3D U-Net."""
 
     architecture: Literal["unet", "resenc"] = Field("unet", description="resenc: residual encoder")
@@ -149,7 +83,7 @@ class ModelConfig(_Frozen):
         return self
 
 
-class LossConfig(_Frozen):
+class LossConfig(Frozen):
     """What training makes small."""
 
     name: LossName = Field("dice_bce", description="names with _ add two losses, but focal_tversky is one")
@@ -160,7 +94,7 @@ class LossConfig(_Frozen):
     )
 
 
-class AugmentConfig(_Frozen):
+class AugmentConfig(Frozen):
     """Seeded, in-graph; every sample draws for itself. Zero switches a transform off."""
 
     crop_zyx: Shape | None = Field(None, description="a random crop of each patch; default: all of it")
@@ -179,7 +113,7 @@ class AugmentConfig(_Frozen):
     gamma: float = Field(0.2, ge=0, le=1, description="largest |log| of the exponent on the HU window")
 
 
-class OptimizerConfig(_Frozen):
+class OptimizerConfig(Frozen):
     """How weights are updated."""
 
     name: Literal["adamw", "sgd"] = Field("adamw", description="SGD is Nesterov's")
@@ -201,7 +135,7 @@ class OptimizerConfig(_Frozen):
     )
 
 
-class CheckpointConfig(_Frozen):
+class CheckpointConfig(Frozen):
     """What is committed to the store, and what is kept of it."""
 
     every_epochs: int = Field(1, ge=1, description="a new best and the last epoch are always committed")
@@ -209,7 +143,7 @@ class CheckpointConfig(_Frozen):
     keep_best: int = Field(1, ge=1, description="checkpoints of highest val Dice that are kept besides")
 
 
-class TrainConfig(_Frozen):
+class TrainConfig(Frozen):
     """The run itself."""
 
     epochs: int = Field(100, ge=1, description="the learning-rate schedule ends with the last")
@@ -237,7 +171,7 @@ class TrainConfig(_Frozen):
         return self
 
 
-class SegmentConfig(_Frozen):
+class SegmentConfig(Frozen):
     """From probabilities to nodules."""
 
     window_zyx: Shape = Field((96, 96, 96), description="voxels (z, y, x) that are predicted at once")
@@ -248,7 +182,7 @@ class SegmentConfig(_Frozen):
     lungs_only: bool = Field(True, description="skip windows without lung, drop components outside it")
 
 
-class TuneConfig(_Frozen):
+class TuneConfig(Frozen):
     """The search space of `lungseg tune`: lists are choices, pairs of floats log-uniform bounds."""
 
     learning_rate: tuple[Positive, Positive] = Field((1e-4, 1e-2), description="lowest and highest")
@@ -267,7 +201,7 @@ class TuneConfig(_Frozen):
         return self
 
 
-class Recipe(_Frozen):
+class Recipe(Frozen):
     """The whole tree. Every field has a default, so an empty recipe is a valid one."""
 
     data: DataConfig = DataConfig()

@@ -1,0 +1,66 @@
+"""Settings of how scans become a data set."""
+
+from __future__ import annotations
+
+from pydantic import Field, model_validator
+
+from lungseg.config.fields import Codec, Frozen, LidcMask, Positive, Seed, Shape, Share
+
+
+class LidcConfig(Frozen):
+    """The field's LIDC-IDRI protocol."""
+
+    min_readers: int = Field(3, ge=1, le=4, description="readers who must have marked a nodule")
+    consensus: float = Field(0.5, gt=0, le=1, description="share of readers who must have outlined a voxel")
+    min_diameter_mm: float = Field(3.0, ge=0, description="smaller nodules become ignore regions")
+    max_slice_thickness_mm: float = Field(2.5, gt=0, description="thicker scans are excluded")
+    mask: LidcMask = Field("consensus", description="whose outline is the target; readers as clustered")
+    ignore_others: bool = Field(True, description="other marks are ignore regions; false: background")
+
+
+class SplitConfig(Frozen):
+    """Shares of the patients in each split; what remains is for training."""
+
+    val: Share = Field(0.15, description="patients that choose the best epoch")
+    test: Share = Field(0.15, description="patients that only `lungseg evaluate` sees")
+    seed: Seed = Field(0, description="another seed deals the patients out anew")
+
+    @model_validator(mode="after")
+    def _leaves_training(self) -> SplitConfig:
+        if self.val + self.test >= 1:
+            raise ValueError("val + test must be below 1, or nothing is left to train on")
+        return self
+
+
+class PatchConfig(Frozen):
+    """Which patches are cut from a training or validation scan."""
+
+    shape_zyx: Shape = Field((64, 64, 64), description="voxels (z, y, x), multiples of 2^(model.depth - 1)")
+    positives_per_nodule: int = Field(4, ge=1, description="jittered patches around each nodule")
+    jitter: Share = Field(0.6, description="largest offset of a nodule from the centre, as share of half")
+    hard_negatives_per_scan: int = Field(8, ge=0, description="bright lung voxels away from nodules")
+    lung_negatives_per_scan: int = Field(4, ge=0, description="random places in the lungs")
+    outside_per_scan: int = Field(2, ge=0, description="random places in the body outside the lungs")
+    seed: Seed = Field(0, description="of the jitter and the choice of negatives")
+
+
+class ShardConfig(Frozen):
+    """How patches lie in object storage."""
+
+    target_mib: int = Field(128, ge=1, le=1024, description="MiB of one shard, before compression")
+    rows_per_batch: int = Field(2, ge=1, description="patches in a record batch, the unit of the shuffle")
+    batches_per_get: int = Field(4, ge=1, description="adjacent record batches that one GET fetches")
+    codec: Codec = Field("planes-lz4", description="of images; planes: low and high bytes apart")
+    seed: Seed = Field(0, description="of the shuffle over all scans")
+
+
+class DataConfig(Frozen):
+    """How scans become a data set."""
+
+    spacing_mm: tuple[Positive, Positive, Positive] = Field(
+        (1.0, 1.0, 1.0), description="(z, y, x); scans are resampled to it, also by `lungseg predict`"
+    )
+    lidc: LidcConfig = LidcConfig()
+    split: SplitConfig = SplitConfig()
+    patch: PatchConfig = PatchConfig()
+    shard: ShardConfig = ShardConfig()

@@ -1,0 +1,21 @@
+"""The kinds of values that settings have."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Codec = Literal["raw", "lz4", "zstd", "planes-lz4", "planes-zstd"]
+LidcMask = Literal["consensus", "union", "reader1", "reader2", "reader3", "reader4"]
+Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Side = Annotated[int, Field(ge=1, le=1024)]
+Shape = tuple[Side, Side, Side]
+Seed = Annotated[int, Field(ge=0, lt=1 << 31)]
+
+
+class Frozen(BaseModel):
+    """A section of the tree: it cannot be changed, and knows its own fields only."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
