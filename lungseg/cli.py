@@ -135,18 +135,19 @@ def prepare_lidc(
 @prepare_app.command("pairs")
 def prepare_pairs(
     folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="A folder with images/ and masks/ (NIfTI or NRRD).")
+        Path,
+        typer.Argument(metavar="DIR", help="A folder with images/ and masks/, or imagesTr/ and labelsTr/."),
     ],
     data: DataName,
     store: StoreUri = STORE,
     recipe: RecipeFile = None,
     overrides: Overrides = None,
 ) -> None:
-    """Any images with masks of the same name, split by patient."""
+    """Images with masks of the same name (also MSD's and nnU-Net's folders), split by patient."""
     from lungseg.data import pairs
 
     settings = _recipe(recipe, overrides)
-    _prepare(pairs.find_cases(folder), store, data, settings, [])
+    _prepare(pairs.find_cases(folder, settings.data.pairs), store, data, settings, [])
 
 
 def _prepare(

@@ -12,13 +12,22 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from lungseg.config.data import DataConfig, LidcConfig, PatchConfig, ShardConfig, SplitConfig
+from lungseg.config.data import DataConfig, LidcConfig, PairsConfig, PatchConfig, ShardConfig, SplitConfig
 from lungseg.config.fields import Codec, Frozen, LidcMask, Positive, Seed, Shape, Share
 from lungseg.errors import ConfigError
 
-__all__ = ["Codec", "DataConfig", "LidcConfig", "LidcMask", "PatchConfig", "ShardConfig", "SplitConfig"]
+__all__ = [
+    "Codec",
+    "DataConfig",
+    "LidcConfig",
+    "LidcMask",
+    "PairsConfig",
+    "PatchConfig",
+    "ShardConfig",
+    "SplitConfig",
+]
 
 LossName = Literal["dice", "bce", "dice_bce", "dice_focal", "focal", "tversky", "focal_tversky"]
 Width = Annotated[int, Field(ge=2)]

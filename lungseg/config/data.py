@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field, model_validator
 
-from lungseg.config.fields import Codec, Frozen, LidcMask, Positive, Seed, Shape, Share
+from lungseg.config.fields import Codec, Frozen, Label, LidcMask, Positive, Seed, Shape, Share
 
 
 class LidcConfig(Frozen):
@@ -16,6 +18,16 @@ class LidcConfig(Frozen):
     max_slice_thickness_mm: float = Field(2.5, gt=0, description="thicker scans are excluded")
     mask: LidcMask = Field("consensus", description="whose outline is the target; readers as clustered")
     ignore_others: bool = Field(True, description="other marks are ignore regions; false: background")
+
+
+class PairsConfig(Frozen):
+    """What the values of a folder's masks mean."""
+
+    label: Label | tuple[Label, ...] | Literal["any"] | None = Field(
+        None,
+        description='the target\'s value or values; "any": all but ignore; default: the only one there is',
+    )
+    ignore_label: Label = Field(255, description="neither target nor background; so is a label named ignore")
 
 
 class SplitConfig(Frozen):
@@ -61,6 +73,7 @@ class DataConfig(Frozen):
         (1.0, 1.0, 1.0), description="(z, y, x); scans are resampled to it, also by `lungseg predict`"
     )
     lidc: LidcConfig = LidcConfig()
+    pairs: PairsConfig = PairsConfig()
     split: SplitConfig = SplitConfig()
     patch: PatchConfig = PatchConfig()
     shard: ShardConfig = ShardConfig()

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Codec = Literal["raw", "lz4", "zstd", "planes-lz4", "planes-zstd"]
 LidcMask = Literal["consensus", "union", "reader1", "reader2", "reader3", "reader4"]
+Label = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Side = Annotated[int, Field(ge=1, le=1024)]

@@ -1,4 +1,9 @@
-"""Any folder of scans and masks as cases: `images/` and `masks/` of NIfTI or NRRD with matching names.
+"""Any folder of scans and masks as cases, in any layout of `lungseg.data.layouts`.
+
+A mask holds 0, the target's label and perhaps ignore's. The target is what `data.pairs.label` says; else the
+one label that dataset.json names; else 1. Without that setting a mask with any other label is refused: which
+of several structures is the nodule must not be guessed. What ignore covers is neither target nor background:
+the label that dataset.json names so, and `data.pairs.ignore_label`.
 
 A case is named by its file's stem. Its patient, who must not be in two splits, comes from an optional
 `patients.csv` (columns name, patient) in the folder. Without one it is the stem up to its last `_`, as
@@ -9,17 +14,34 @@ from __future__ import annotations
 
 import csv
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import cc3d
 import numpy as np
 
+from lungseg.config import PairsConfig
 from lungseg.data.case import LabelledScan, Nodule
-from lungseg.data.volume import SUFFIXES, Geometry, read_geometry, read_image, read_mask, vector
+from lungseg.data.layouts import read_layout
+from lungseg.data.volume import Geometry, read_geometry, read_image, read_labels, vector
 from lungseg.errors import DataError, GeometryError
 
 SAME_PLACE_MM = 0.01
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What values of a mask mean. `target` None: every label but ignore's; `strict`: no others may be."""
+
+    names: dict[str, int]
+    target: frozenset[int] | None
+    ignore: frozenset[int]
+    strict: bool
+
+    def show(self, values: Iterable[int]) -> str:
+        known = {value: name for name, value in self.names.items()}
+        return ", ".join(f"{value} ({known[value]})" if value in known else str(value) for value in values)
 
 
 @dataclass(frozen=True)
@@ -28,42 +50,37 @@ class PairCase:
     mask: Path
     case_id: str
     patient_id: str
+    labels: Labels
 
     def load(self) -> LabelledScan:
-        """The scan and its mask; each 26-connected component of the mask is a nodule, nothing is ignored.
+        """The scan and its mask; each 26-connected component of the target is a nodule.
 
-        Raises as `read_image`.
+        Raises as `read_image` and `read_labels`, and DataError("labels-several").
         """
-        mask, geometry = read_mask(self.mask)
-        return LabelledScan(read_image(self.image), mask, np.zeros_like(mask), _nodules(mask, geometry))
+        values, geometry = read_labels(self.mask)
+        mask, ignore = _divide(values, self.labels, self.mask)
+        return LabelledScan(read_image(self.image), mask, ignore, _nodules(mask, geometry))
 
 
-def find_cases(folder: Path) -> list[PairCase]:
+def find_cases(folder: Path, config: PairsConfig) -> list[PairCase]:
     """The pairs of `folder` in the order of their names; headers are read, voxels are not.
 
-    Raises DataError: "folder-missing", "pairs-none", "pair-unmatched", "pair-ambiguous",
-    "patients-invalid", "patients-incomplete", and as `read_geometry`; GeometryError("grid-mismatch").
+    Raises DataError: as `read_layout`, "labels-several", "label-unknown", "patients-invalid",
+    "patients-incomplete", and as `read_geometry`; GeometryError("grid-mismatch").
     """
     folder = Path(folder)
-    images, masks = _by_stem(folder / "images"), _by_stem(folder / "masks")
-    if not images and not masks:
-        raise DataError(
-            "pairs-none", folder=folder, remedy=f"put {', '.join(SUFFIXES)} files in images/ and masks/"
-        )
-    alone = sorted(images.keys() ^ masks.keys())
-    if alone:
-        file = (images | masks)[alone[0]].relative_to(folder)
-        message = f"{len(alone)} of {len(images | masks)} names have no partner"
-        raise DataError("pair-unmatched", message=message, file=file, remedy="name image and mask alike")
+    layout = read_layout(folder)
+    labels = _meaning(layout.labels, config, folder / "dataset.json")
     patients = _patients(folder / "patients.csv")
     cases = []
-    for stem in sorted(images):
-        _check_grids(images[stem], masks[stem])
+    for stem in sorted(layout.images):
+        image, mask = layout.images[stem], layout.masks[stem]
+        _check_grids(image, mask)
         if patients and stem not in patients:
             raise DataError(
                 "patients-incomplete", case=stem, remedy="add a row for each case to patients.csv"
             )
-        cases.append(PairCase(images[stem], masks[stem], stem, patients.get(stem) or patient_of(stem)))
+        cases.append(PairCase(image, mask, stem, patients.get(stem) or patient_of(stem), labels))
     return cases
 
 
@@ -73,21 +90,37 @@ def patient_of(stem: str) -> str:
     return before if any(letter.isdigit() for letter in before) else stem
 
 
-def _by_stem(folder: Path) -> dict[str, Path]:
-    if not folder.is_dir():
-        raise DataError("folder-missing", folder=folder, remedy="give a folder with images/ and masks/ in it")
-    files: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        suffix = next((one for one in SUFFIXES if path.name.endswith(one)), None)
-        if suffix is None or path.name.startswith("."):
-            continue
-        stem = path.name.removesuffix(suffix)
-        if stem in files:
-            raise DataError(
-                "pair-ambiguous", file=path, other=files[stem].name, remedy="keep one file a case"
-            )
-        files[stem] = path
-    return files
+def _meaning(names: dict[str, int], config: PairsConfig, table: Path) -> Labels:
+    ignore = {value for name, value in names.items() if name.lower() == "ignore"} | {config.ignore_label}
+    structures = {name: value for name, value in names.items() if value not in ignore}
+    shown = ", ".join(f"{value} ({name})" for name, value in structures.items())
+    if config.label is None:
+        if len(structures) > 1:
+            remedy = "set data.pairs.label to the nodule's, or to a list of them"
+            raise DataError("labels-several", file=table, labels=shown, remedy=remedy)
+        return Labels(names, frozenset(structures.values()) or frozenset({1}), frozenset(ignore), strict=True)
+    if config.label == "any":
+        return Labels(names, None, frozenset(ignore), strict=False)
+    target = frozenset([config.label] if isinstance(config.label, int) else config.label)
+    unknown = sorted(target - set(names.values()))
+    if names and unknown:
+        raise DataError("label-unknown", file=table, label=unknown[0], remedy=f"choose of {shown}")
+    return Labels(names, target, frozenset(ignore) - target, strict=False)
+
+
+def _divide(values: np.ndarray, labels: Labels, file: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Target and ignore regions, both uint8 with 1 where they are."""
+    present = {int(value) for value in np.unique(values)} - {0}
+    ignored = present & labels.ignore
+    target = present - ignored if labels.target is None else present & labels.target
+    # A mask of 0 and 255 is a binary one more often than one of nothing but ignore regions.
+    doubtful = ignored - set(labels.names.values()) if not target else set()
+    others = doubtful | (present - target - ignored)
+    if labels.strict and others:
+        remedy = "set data.pairs.label to the nodule's label, or to a list; then others are background"
+        raise DataError("labels-several", file=file, labels=labels.show(sorted(present)), remedy=remedy)
+    mask, ignore = (np.isin(values, sorted(chosen)).astype(np.uint8) for chosen in (target, ignored))
+    return mask, ignore
 
 
 def _patients(table: Path) -> dict[str, str]:
@@ -116,7 +149,12 @@ def _check_grids(image: Path, mask: Path) -> None:
         if np.abs(ours.to_lps_mm(points) - theirs.to_lps_mm(points)).max() < SAME_PLACE_MM:
             return
     raise GeometryError(
-        "grid-mismatch", file=image, image=ours, mask=theirs, remedy="resample the mask onto the image's grid"
+        "grid-mismatch",
+        file=image,
+        image=ours,
+        mask=theirs,
+        tolerance_mm=SAME_PLACE_MM,
+        remedy="resample the mask onto the image's grid",
     )
 
 

@@ -92,10 +92,18 @@ def read_geometry(path: Path) -> Geometry:
     return _geometry(_open(Path(path)))
 
 
-def read_mask(path: Path) -> tuple[np.ndarray, Geometry]:
-    """A mask as uint8 [z, y, x], every nonzero label as 1. Raises as `read_image`."""
+def read_labels(path: Path) -> tuple[np.ndarray, Geometry]:
+    """The values of a mask, whole numbers [z, y, x].
+
+    Raises as `read_image`, and DataError("mask-not-whole").
+    """
     array, geometry = _read(Path(path))
-    return (array != 0).astype(np.uint8), geometry
+    if array.dtype.kind == "f":
+        if np.abs(array - np.rint(array)).max() > 1e-3:
+            remedy = "give a mask of whole numbers, not probabilities or an interpolated mask"
+            raise DataError("mask-not-whole", file=path, remedy=remedy)
+        array = np.rint(array).astype(np.int64)
+    return array, geometry
 
 
 def write_mask(path: Path, mask: np.ndarray, geometry: Geometry) -> None:

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
 
-from lungseg.data.pairs import find_cases, patient_of
+from lungseg.config import PairsConfig
+from lungseg.data.pairs import PairCase, patient_of
+from lungseg.data.pairs import find_cases as find_cases_by
 from lungseg.errors import DataError, GeometryError, LungsegError
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "lidc_crops"
@@ -30,6 +32,10 @@ def pair(
     mask = np.zeros((8, 9, 10), np.uint8) if mask is None else mask
     save(folder / "images" / f"{stem}{suffixes[0]}", np.full(mask.shape, -700, np.int16))
     save(folder / "masks" / f"{stem}{suffixes[1]}", mask, **grid)
+
+
+def find_cases(folder: Path, **settings) -> list[PairCase]:
+    return find_cases_by(folder, PairsConfig(**settings))
 
 
 def code_of(folder: Path, error: type[LungsegError] = DataError) -> str:
@@ -60,7 +66,7 @@ def test_each_component_is_a_nodule_with_its_centre_and_the_diameter_of_a_ball(t
     mask[(2.0 * (z - 10)) ** 2 + (0.75 * (y - 20)) ** 2 + (0.5 * (x - 30)) ** 2 <= 36] = 3
     mask[0, 0, 0] = mask[1, 1, 1] = 7  # two voxels that meet at a corner are one nodule
     pair(tmp_path, "case", mask)
-    scan = find_cases(tmp_path)[0].load()
+    scan = find_cases(tmp_path, label="any")[0].load()
     assert sorted(np.unique(scan.mask)) == [0, 1]
     assert not scan.ignore.any()
     small, ball = sorted(scan.nodules, key=lambda nodule: nodule.diameter_mm)
@@ -115,7 +121,9 @@ def test_a_mask_on_another_grid_is_refused_and_both_grids_are_shown(tmp_path, gr
     with pytest.raises(GeometryError) as caught:
         find_cases(tmp_path)
     assert caught.value.code == "grid-mismatch"
-    assert str(caught.value).count("spacing_mm=") == 2
+    for part in ("shape_zyx=", "spacing_mm=", "origin_lps_mm=", "direction_lps="):
+        assert str(caught.value).count(part) == 2
+    assert "tolerance_mm=0.01" in str(caught.value)
 
 
 def test_a_mask_whose_axes_run_the_other_way_is_refused(tmp_path):

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import SimpleITK as sitk  # noqa: N813
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lungseg.config import DataConfig, PatchConfig, ShardConfig, SplitConfig
+from lungseg.config import DataConfig, PairsConfig, PatchConfig, ShardConfig, SplitConfig
 from lungseg.data import pairs, shards
 from lungseg.data.case import LabelledScan, Nodule
 from lungseg.data.prepare import _shard_task, assign_splits, cut_patches, plan_shards, prepare, to_grid
@@ -70,7 +71,7 @@ def write_pairs(folder: Path, count: int, shape: tuple[int, int, int] = (14, 30,
         csv.writer(file).writerows(
             [["name", "patient"], *([n, f"MUSTER^ERIKA-{i // 2}"] for i, n in enumerate(names))]
         )
-    return pairs.find_cases(folder)
+    return pairs.find_cases(folder, PairsConfig())
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +171,7 @@ def test_a_second_prepare_reuses_and_other_settings_or_splits_are_refused(
     store, manifest = prepared
     before = times(Path(store.uri))
     assert prepare(store, "d", cases, CONFIG, quiet) == manifest
-    moved = [pairs.PairCase(c.image, c.mask, c.case_id, "one patient") for c in cases]
+    moved = [replace(case, patient_id="one patient") for case in cases]
     others: list[tuple[list[pairs.PairCase], dict[str, Any]]] = [
         (cases, TREE | {"spacing_mm": [2, 1, 1]}),
         (cases, TREE | {"shard": {"target_mib": 2}}),

@@ -20,7 +20,7 @@ from lungseg.data.volume import (
     Volume,
     read_geometry,
     read_image,
-    read_mask,
+    read_labels,
     resample,
     resample_onto,
     vector,
@@ -159,7 +159,7 @@ def test_a_written_mask_comes_back_on_its_grid(tmp_path_factory, angles_deg):
     )
     mask = (np.arange(60).reshape(3, 4, 5) % 3 == 0).astype(np.uint8)
     write_mask(path, mask, geometry)
-    again, grid = read_mask(path)
+    again, grid = read_labels(path)
     assert np.array_equal(again, mask)
     assert again.dtype == np.uint8
     assert grid.spacing_mm == pytest.approx(geometry.spacing_mm, abs=1e-6)
@@ -188,7 +188,7 @@ def test_writing_leaves_only_the_mask_and_replaces_an_old_one(tmp_path):
     path.write_bytes(b"old")
     write_mask(path, np.ones(geometry.shape_zyx, bool), geometry)
     assert [file.name for file in tmp_path.iterdir()] == ["mask.nii.gz"]
-    assert read_mask(path)[0].all()
+    assert read_labels(path)[0].all()
 
 
 def test_a_mask_that_cannot_be_written_is_one_error_and_no_file(tmp_path):
@@ -263,10 +263,15 @@ def test_scaling_and_byte_order_of_nifti_are_understood(tmp_path, order):
     assert np.array_equal(sitk.GetArrayFromImage(sitk.ReadImage(str(path))), values * 2 - 1024)
 
 
-def test_every_label_of_a_mask_is_one(tmp_path):
+def test_labels_of_a_mask_are_whole_numbers_or_refused(tmp_path):
     path = tmp_path / "labels.nrrd"
     sitk.WriteImage(sitk.GetImageFromArray(np.array([[[0, 7, 512, 256]]], np.uint16)), str(path))
-    assert read_mask(path)[0].tolist() == [[[0, 1, 1, 1]]]
+    assert read_labels(path)[0].tolist() == [[[0, 7, 512, 256]]]
+    sitk.WriteImage(sitk.GetImageFromArray(np.array([[[0, 7.0001, 2]]], np.float32)), str(path))
+    assert read_labels(path)[0].tolist() == [[[0, 7, 2]]]
+    sitk.WriteImage(sitk.GetImageFromArray(np.array([[[0, 0.5, 1]]], np.float32)), str(path))
+    with pytest.raises(DataError, match=r"mask-not-whole.*labels\.nrrd.*Remedy"):
+        read_labels(path)
 
 
 def written(folder: Path, array: np.ndarray, is_vector: bool = False) -> Path:

@@ -11,7 +11,7 @@ import pytest
 import SimpleITK as sitk  # noqa: N813
 
 from lungseg.config import Recipe, parse_recipe
-from lungseg.data.volume import Geometry, Volume, read_mask
+from lungseg.data.volume import Geometry, Volume, read_labels
 from lungseg.errors import DataError
 from lungseg.segment import predict as module
 from lungseg.segment.predict import case_name, read_input, segment, write
@@ -95,7 +95,7 @@ def test_results_hold_the_mask_on_the_scans_grid_and_the_nodules(tmp_path: Path)
     write(found, tmp_path / "out/case", run="first", checkpoint="120-ab12")
 
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["case", "mask.nii.gz", "nodules.json", "out"]
-    mask, grid = read_mask(tmp_path / "out/case/mask.nii.gz")
+    mask, grid = read_labels(tmp_path / "out/case/mask.nii.gz")
     np.testing.assert_array_equal(mask, found.labels > 0)
     assert grid.shape_zyx == volume.geometry.shape_zyx
     for key in ("spacing_mm", "origin_lps_mm", "direction_lps"):
@@ -119,7 +119,7 @@ def test_earlier_results_are_replaced_and_foreign_folders_left_alone(tmp_path: P
     write(tiny(0), tmp_path / "case", run="r", checkpoint="1")
     write(tiny(1), tmp_path / "case", run="r", checkpoint="2")
     assert [path.name for path in tmp_path.iterdir()] == ["case"]
-    assert read_mask(tmp_path / "case/mask.nii.gz")[0].all()
+    assert read_labels(tmp_path / "case/mask.nii.gz")[0].all()
     assert json.loads((tmp_path / "case/nodules.json").read_text())["checkpoint"] == "2"
 
     (tmp_path / "scans").mkdir()
