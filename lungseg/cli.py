@@ -246,13 +246,13 @@ def predict(
     out: Out,
     store: StoreUri = STORE,
 ) -> None:
-    """Segment scans: writes OUT/<case>/mask.nii.gz and nodules.json."""
+    """Segment scans: writes OUT/<case id>/mask.nii.gz and nodules.json."""
     from lungseg.segment import predict as segmenting
     from lungseg.storage import open_store
     from lungseg.telemetry import progress, quiet_tensorflow
     from lungseg.train.run import load_run
 
-    names = segmenting.case_names(inputs)
+    names = segmenting.case_ids(inputs)
     opened = open_store(store)
     load_run(opened, run)
     first = segmenting.read_input(inputs[0])  # a wrong input is told before TensorFlow takes its seconds
@@ -265,7 +265,26 @@ def predict(
         with progress(name) as report:
             found = segmenting.segment(best.predict, volume, best.recipe, report)
         segmenting.write(found, out / name, run=run, checkpoint=best.checkpoint)
-        print(f"{out / name / 'mask.nii.gz'}: {len(found.nodules)} nodules")
+        print(f"{path}: {len(found.nodules)} nodules, {out / name / 'mask.nii.gz'}")
+
+
+@app.command()
+def ids(
+    inputs: Annotated[
+        list[Path], typer.Argument(metavar="INPUT...", help="Folders of pairs, or scans as of predict.")
+    ],
+) -> None:
+    """Show the case ids of scans, to find again what a report is about. Nothing is written."""
+    from lungseg.data.identity import case_id, case_key
+    from lungseg.data.layouts import read_layout
+    from lungseg.segment.predict import case_name
+
+    key = case_key()
+    folders = ("imagesTr", "images")
+    for path in inputs:
+        pairs = any((path / one).is_dir() for one in folders)
+        for name in sorted(read_layout(path).images) if pairs else [case_name(path)]:
+            print(f"{case_id(name, key)}  {name}")
 
 
 @app.command()

@@ -14,6 +14,8 @@ from servers import BUCKET, REAL_DATA, S3Server, s3_client
 
 # In CI the same examples each time: a rare one must be found at a desk, not block what it has no part in.
 settings.register_profile("ci", derandomize=True, deadline=None)
+# Without it the tests would make a key in the home folder of who runs them.
+os.environ["LUNGSEG_CASE_KEY"] = "the key of the tests, no secret"
 if os.environ.get("CI"):
     settings.load_profile("ci")
 

@@ -20,7 +20,19 @@ from lungseg.storage import open_store
 from lungseg.train.run import open_run
 
 HEAVY = ("tensorflow", "keras", "ray", "numpy", "pydantic", "pylidc", "boto3", "SimpleITK")
-VERBS = ("demo", "phantom", "prepare", "train", "tune", "evaluate", "predict", "runs", "pull", "doctor")
+VERBS = (
+    "demo",
+    "phantom",
+    "prepare",
+    "train",
+    "tune",
+    "evaluate",
+    "predict",
+    "ids",
+    "runs",
+    "pull",
+    "doctor",
+)
 
 Refusal = Callable[..., str]
 

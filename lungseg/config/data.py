@@ -18,6 +18,7 @@ class LidcConfig(Frozen):
     max_slice_thickness_mm: float = Field(2.5, gt=0, description="thicker scans are excluded")
     mask: LidcMask = Field("consensus", description="whose outline is the target; readers as clustered")
     ignore_others: bool = Field(True, description="other marks are ignore regions; false: background")
+    public_ids: bool = Field(True, description="case ids as published (LIDC-IDRI-0001); false: keyed hashes")
 
 
 class PairsConfig(Frozen):

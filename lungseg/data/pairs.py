@@ -5,9 +5,10 @@ one label that dataset.json names; else 1. Without that setting a mask with any 
 of several structures is the nodule must not be guessed. What ignore covers is neither target nor background:
 the label that dataset.json names so, and `data.pairs.ignore_label`.
 
-A case is named by its file's stem. Its patient, who must not be in two splits, comes from an optional
-`patients.csv` (columns name, patient) in the folder. Without one it is the stem up to its last `_`, as
-long as a digit remains: `LIDC-IDRI-0001_nod1` belongs to `LIDC-IDRI-0001`, but `lung_001` to itself.
+A case's name is its file's stem, its id the keyed hash of that (`lungseg.data.identity`). Its patient, who
+must not be in two splits, comes from an optional `patients.csv` (columns name, patient) in the folder.
+Without one it is the name up to its last `_`, as long as a digit remains: `LIDC-IDRI-0001_nod1` belongs to
+`LIDC-IDRI-0001`, but `lung_001` to itself.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import numpy as np
 
 from lungseg.config import PairsConfig
 from lungseg.data.case import LabelledScan, Nodule
+from lungseg.data.identity import case_id, case_key
 from lungseg.data.layouts import read_layout
 from lungseg.data.volume import Geometry, read_geometry, read_image, read_labels, vector
 from lungseg.errors import DataError, GeometryError
@@ -66,12 +68,13 @@ def find_cases(folder: Path, config: PairsConfig) -> list[PairCase]:
     """The pairs of `folder` in the order of their names; headers are read, voxels are not.
 
     Raises DataError: as `read_layout`, "labels-several", "label-unknown", "patients-invalid",
-    "patients-incomplete", and as `read_geometry`; GeometryError("grid-mismatch").
+    "patients-incomplete", and as `read_geometry`; GeometryError("grid-mismatch"); as `case_key`.
     """
     folder = Path(folder)
     layout = read_layout(folder)
     labels = _meaning(layout.labels, config, folder / "dataset.json")
     patients = _patients(folder / "patients.csv")
+    key = case_key()
     cases = []
     for stem in sorted(layout.images):
         image, mask = layout.images[stem], layout.masks[stem]
@@ -80,7 +83,8 @@ def find_cases(folder: Path, config: PairsConfig) -> list[PairCase]:
             raise DataError(
                 "patients-incomplete", case=stem, remedy="add a row for each case to patients.csv"
             )
-        cases.append(PairCase(image, mask, stem, patients.get(stem) or patient_of(stem), labels))
+        patient = patients.get(stem) or patient_of(stem)
+        cases.append(PairCase(image, mask, case_id(stem, key), patient, labels))
     return cases
 
 

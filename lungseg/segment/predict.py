@@ -15,6 +15,7 @@ import numpy as np
 from lungseg import __version__
 from lungseg.config import Recipe
 from lungseg.data.dicom import read_series
+from lungseg.data.identity import case_id, case_key
 from lungseg.data.lungs import lung_mask
 from lungseg.data.volume import SUFFIXES, Geometry, Volume, read_image, resample, resample_onto, write_mask
 from lungseg.errors import DataError
@@ -47,16 +48,18 @@ def read_input(path: Path) -> Volume:
 
 
 def case_name(path: Path) -> str:
-    """The name of the folder that holds a scan's results: the input's own, without an image suffix."""
+    """The input's own name, without an image suffix."""
     name = Path(path).resolve().name
     suffix = max((s for s in SUFFIXES if name.endswith(s)), key=len, default="")
     return name.removesuffix(suffix) or "scan"
 
 
-def case_names(inputs: Sequence[Path]) -> list[str]:
-    """A folder name for each input, before any work is done.
+def case_ids(inputs: Sequence[Path]) -> list[str]:
+    """A folder name for each input, before any work is done: the keyed hash of the input's own name, which
+    `lungseg prepare pairs` gives the same scan.
 
-    Raises DataError("input-missing"), and DataError("input-ambiguous") if two would share a folder.
+    Raises DataError("input-missing"), DataError("input-ambiguous") if two would share a folder, and as
+    `case_key`.
     """
     for path in inputs:
         _require(Path(path))
@@ -65,7 +68,8 @@ def case_names(inputs: Sequence[Path]) -> list[str]:
     if twice:
         remedy = "rename one, or predict them with different --out"
         raise DataError("input-ambiguous", names=",".join(twice), remedy=remedy)
-    return names
+    key = case_key()
+    return [case_id(name, key) for name in names]
 
 
 def _require(path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 import SimpleITK as sitk  # noqa: N813
 
 from lungseg.config import PairsConfig
+from lungseg.data.identity import case_id, case_key
 from lungseg.data.pairs import PairCase, patient_of
 from lungseg.data.pairs import find_cases as find_cases_by
 from lungseg.errors import DataError, GeometryError, LungsegError
@@ -51,7 +52,8 @@ def test_pairs_are_matched_by_name_whatever_the_format(tmp_path):
     (tmp_path / "images" / ".DS_Store").write_bytes(b"")
     (tmp_path / "masks" / "notes.txt").write_text("reader A")
     cases = find_cases(tmp_path)
-    assert [case.case_id for case in cases] == ["a.v2", "b_1"]
+    assert [case.image.name for case in cases] == ["a.v2.nrrd", "b_1.nii.gz"]
+    assert [case.case_id for case in cases] == [case_id(name, case_key()) for name in ("a.v2", "b_1")]
     assert pickle.loads(pickle.dumps(cases)) == cases
     scan = cases[0].load()
     assert (scan.volume.volume_hu == -700).all()

@@ -20,6 +20,7 @@ import pytest
 import SimpleITK as sitk  # noqa: N813
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from unpacked import unpacked
 
 from lungseg.config import DataConfig, PairsConfig, PatchConfig, ShardConfig, SplitConfig
 from lungseg.data import pairs, shards
@@ -53,7 +54,7 @@ def write_pairs(folder: Path, count: int, shape: tuple[int, int, int] = (14, 30,
     rng = np.random.default_rng(0)
     grid = Geometry(shape, (2.0, 1.0, 1.5), (-10.0, 5.0, 100.0), AXIAL)
     reach = np.multiply(shape, grid.spacing_mm)[::-1]
-    names = [f"scan{number:02d}" for number in range(count)]
+    names = [f"MUSTER^ERIKA^{number:02d}" for number in range(count)]
     for name in names:
         mask = np.zeros(shape, np.uint8)
         for _ in range(2):
@@ -160,9 +161,16 @@ def digest(patch: shards.Patch) -> tuple[object, ...]:
     return tuple(v.tobytes() if isinstance(v, np.ndarray) else v for v in vars(patch).values())
 
 
-def test_patients_appear_in_no_key_and_no_object(prepared: tuple[Store, shards.Manifest]) -> None:
+def test_names_of_files_and_patients_appear_in_no_key_and_no_object(
+    prepared: tuple[Store, shards.Manifest], cases: list[pairs.PairCase]
+) -> None:
+    ids = 0
     for key, data in contents(prepared[0]).items():
-        assert b"MUSTER" not in key.encode() + data
+        for text in unpacked(key, data):
+            assert b"MUSTER" not in text, key
+            assert str(cases[0].image.parent).encode() not in text, key
+            ids += cases[0].case_id.encode() in text
+    assert ids  # this search finds what is there
 
 
 def test_a_second_prepare_reuses_and_other_settings_or_splits_are_refused(
@@ -396,6 +404,6 @@ def test_a_plan_mixes_scans_and_differs_by_seed():
 def test_work_of_a_scan_is_not_trusted_by_its_name_alone(tmp_path: Path, ray_cluster: object) -> None:
     case = write_pairs(tmp_path / "pairs", 1)[0]
     store = open_store(tmp_path / "store")
-    store.put("data/d/work/scan00.json", json.dumps({"fingerprint": "x"}).encode())
+    store.put(f"data/d/work/{case.case_id}.json", json.dumps({"fingerprint": "x"}).encode())
     manifest = prepare(store, "d", [case], CONFIG, quiet)
     assert manifest.counts["train"]["patches"] >= 8

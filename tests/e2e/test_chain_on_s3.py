@@ -11,7 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
+from marked import mark_download
 from servers import BUCKET, s3_client
+from unpacked import unpacked
+
+from lungseg.data.identity import case_id, case_key
+from lungseg.storage import open_store
 
 pytestmark = pytest.mark.slow
 Verb = Callable[..., str]
@@ -27,17 +32,49 @@ segment: {window_zyx: [96, 96, 96]}
 
 
 @pytest.fixture(scope="module")
-def chain(lungseg: Verb, ray_cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A trained run "first" in a bucket, and the folder of its phantoms."""
+def download(lungseg: Verb, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[bytes]]:
+    """Phantoms with marks wherever a patient's data could stand, and these marks."""
+    folder = tmp_path_factory.mktemp("download")
+    lungseg("phantom", "--out", folder / "dicom", "--scans", "3", "--seed", "1")
+    return folder / "dicom", mark_download(folder / "dicom")
+
+
+@pytest.fixture(scope="module")
+def chain(
+    lungseg: Verb,
+    ray_cluster: Any,
+    download: tuple[Path, list[bytes]],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Path, str]:
+    """A trained run "first" in a bucket, and an empty folder for what verbs write."""
     folder = tmp_path_factory.mktemp("chain")
     store = "s3://lungseg-test/chain"
     (folder / "recipe.yaml").write_text(RECIPE)
-    lungseg("phantom", "--out", folder / "dicom", "--scans", "3", "--seed", "1")
-    lungseg("prepare", "lidc", folder / "dicom", "--store", store, "--data", "phantoms",
+    lungseg("prepare", "lidc", download[0], "--store", store, "--data", "phantoms",
             "--recipe", folder / "recipe.yaml")  # fmt: skip
     lungseg("train", "--store", store, "--data", "phantoms", "--run", "first",
             "--recipe", folder / "recipe.yaml")  # fmt: skip
+    (folder / "recipe.yaml").unlink()
     return folder, store
+
+
+@pytest.fixture(scope="module")
+def evaluation(lungseg: Verb, chain: tuple[Path, str]) -> tuple[Path, str]:
+    """The folder of the run's evaluation, and what was printed."""
+    folder, store = chain
+    out = folder / "evaluation"
+    return out, lungseg("evaluate", "--store", store, "--run", "first", "--out", out)
+
+
+@pytest.fixture(scope="module")
+def segmented(
+    lungseg: Verb, chain: tuple[Path, str], download: tuple[Path, list[bytes]]
+) -> tuple[Path, Path]:
+    """A phantom's series, and the folder of its segmentation."""
+    folder, store = chain
+    series = next(path for path in sorted(download[0].rglob("*")) if list(path.glob("*.dcm")))
+    lungseg("predict", series, "--store", store, "--run", "first", "--out", folder / "segmented")
+    return series, folder / "segmented"
 
 
 def test_plain_boto3_pulls_a_best_model_that_keras_can_use(chain: tuple[Path, str], tmp_path: Path) -> None:
@@ -57,43 +94,63 @@ def test_plain_boto3_pulls_a_best_model_that_keras_can_use(chain: tuple[Path, st
 
 
 def test_the_run_is_listed_pulled_and_evaluated(
-    lungseg: Verb, chain: tuple[Path, str], tmp_path: Path
+    lungseg: Verb, chain: tuple[Path, str], evaluation: tuple[Path, str]
 ) -> None:
-    _, store = chain
+    folder, store = chain
     assert "first" in lungseg("runs", "--store", store)
-    lungseg("pull", "--store", store, "--run", "first", "--out", tmp_path / "pulled")
-    assert (tmp_path / "pulled" / "weights.safetensors").stat().st_size > 1000
-    shown = lungseg("evaluate", "--store", store, "--run", "first", "--out", tmp_path / "evaluation")
+    lungseg("pull", "--store", store, "--run", "first", "--out", folder / "pulled")
+    assert (folder / "pulled" / "weights.safetensors").stat().st_size > 1000
+    out, shown = evaluation
     assert "Dice (full scan" in shown
-    (report,) = (tmp_path / "evaluation").glob("evaluation-*.json")
+    (report,) = out.glob("evaluation-*.json")
     assert json.loads(report.read_text())["split"] == "test"
 
 
-def test_scans_are_segmented_onto_their_own_grid(
-    lungseg: Verb, chain: tuple[Path, str], tmp_path: Path
-) -> None:
-    folder, store = chain
-    predict_and_compare(lungseg, [next((folder / "dicom").glob("LIDC-IDRI-*/*/*"))], store, tmp_path)
+def test_scans_are_segmented_onto_their_own_grid(segmented: tuple[Path, Path]) -> None:
+    compare(*segmented)
 
 
 def test_real_scans_are_segmented_onto_their_own_grid(
     lungseg: Verb, chain: tuple[Path, str], real_data: Path, tmp_path: Path
 ) -> None:
-    predict_and_compare(lungseg, [real_data / "ct64", real_data / "ct_c3n00247"], chain[1], tmp_path)
-
-
-def predict_and_compare(lungseg: Verb, series: list[Path], store: str, out: Path) -> None:
-    """The geometry of each mask is that which ITK's own DICOM reader gives the scan."""
-    lungseg("predict", *series, "--store", store, "--run", "first", "--out", out)
+    series = [real_data / "ct64", real_data / "ct_c3n00247"]
+    lungseg("predict", *series, "--store", chain[1], "--run", "first", "--out", tmp_path)
     for one in series:
-        reader = sitk.ImageSeriesReader()
-        reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(one)))
-        scan, mask = reader.Execute(), sitk.ReadImage(str(out / one.name / "mask.nii.gz"))
-        assert mask.GetSize() == scan.GetSize()
-        assert np.allclose(mask.GetOrigin(), scan.GetOrigin(), atol=1e-3)
-        assert np.allclose(mask.GetSpacing(), scan.GetSpacing(), atol=1e-3)
-        assert np.allclose(mask.GetDirection(), scan.GetDirection(), atol=1e-5)
-        assert json.loads((out / one.name / "nodules.json").read_text())["run"] == "first"
+        compare(one, tmp_path)
+
+
+def compare(series: Path, out: Path) -> None:
+    """The geometry of a mask is that which ITK's own DICOM reader gives the scan."""
+    reader = sitk.ImageSeriesReader()
+    reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(series)))
+    result = out / case_id(series.name, case_key())
+    scan, mask = reader.Execute(), sitk.ReadImage(str(result / "mask.nii.gz"))
+    assert mask.GetSize() == scan.GetSize()
+    assert np.allclose(mask.GetOrigin(), scan.GetOrigin(), atol=1e-3)
+    assert np.allclose(mask.GetSpacing(), scan.GetSpacing(), atol=1e-3)
+    assert np.allclose(mask.GetDirection(), scan.GetDirection(), atol=1e-5)
+    assert json.loads((result / "nodules.json").read_text())["run"] == "first"
+
+
+def test_nothing_that_was_written_tells_of_a_patient(
+    chain: tuple[Path, str],
+    download: tuple[Path, list[bytes]],
+    evaluation: tuple[Path, str],
+    segmented: tuple[Path, Path],
+) -> None:
+    """Every byte of the store and of all reports, with what Arrow, gzip and zip hold compressed."""
+    folder, uri = chain
+    store = open_store(uri)
+    objects = {item.key: store.get(item.key) for item in store.find()}
+    objects |= {
+        str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
+    kinds = {key.rpartition(".")[2] for key in objects}
+    assert kinds >= {"arrow", "json", "jsonl", "keras", "safetensors", "gz", "txt"}
+    texts = [(key, text) for key, data in objects.items() for text in unpacked(key, data)]
+    assert any(b"LIDC-IDRI-" in text for key, text in texts if key.endswith(".arrow"))  # this search finds
+    for mark in [*download[1], str(download[0]).encode()]:
+        assert [key for key, text in texts if mark in text] == []
 
 
 def test_real_lidc_nodules_go_through_prepare_pairs(
