@@ -33,7 +33,8 @@ def demo_recipe() -> Recipe:
                     "positives_per_nodule": 16,
                     "hard_negatives_per_scan": 32,
                 },
-                "split": {"val": 0.17, "test": 0.17},
+                # A seed that gives two of the twelve patients to each.
+                "split": {"val": 0.17, "test": 0.17, "seed": 49845},
                 "shard": {"target_mib": 16},
             },
             "model": {"width": 8, "depth": 4},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -32,16 +33,24 @@ class PairsConfig(Frozen):
 
 
 class SplitConfig(Frozen):
-    """Shares of the patients in each split; what remains is for training."""
+    """Shares of the patients in each split, on average; what remains is for training."""
 
-    val: Share = Field(0.15, description="patients that choose the best epoch")
-    test: Share = Field(0.15, description="patients that only `lungseg evaluate` sees")
+    val: Share = Field(0.15, description="patients that choose the best epoch; of the others with folds")
+    test: Share = Field(0.15, description="patients that only `lungseg evaluate` sees; not used with folds")
     seed: Seed = Field(0, description="another seed deals the patients out anew")
+    folds: int | None = Field(None, ge=2, description="parts for cross-validation, of which one is tested")
+    fold: int = Field(0, ge=0, description="the part that is tested, from 0")
+    # Left out of everything that is written: a path may tell of a patient.
+    file: Path | None = Field(
+        None, exclude=True, description="CSV (patient,split) or JSON object, instead of shares or folds"
+    )
 
     @model_validator(mode="after")
     def _leaves_training(self) -> SplitConfig:
         if self.val + self.test >= 1:
             raise ValueError("val + test must be below 1, or nothing is left to train on")
+        if self.fold >= (self.folds or 1):
+            raise ValueError("fold must be below folds")
         return self
 
 

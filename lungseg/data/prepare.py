@@ -10,26 +10,25 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from lungseg.cluster import connect
-from lungseg.config import DataConfig, PatchConfig, SplitConfig
+from lungseg.config import DataConfig, PatchConfig
 from lungseg.data import patches, shards
 from lungseg.data.case import Case, LabelledScan
 from lungseg.data.lungs import lung_mask
 from lungseg.data.order import permutation
 from lungseg.data.shards import FORMAT, IGNORE, POSITIVE, Extent, Manifest, Patch, Shard
+from lungseg.data.splits import SPLITS, assign_splits, read_table
 from lungseg.data.volume import AIR_HU, Volume, resample, resample_onto, vector
 from lungseg.data.volumes import StoredVolume, VolumeEntry, write_volume
 from lungseg.errors import DataError, LungsegError
 from lungseg.storage import Store, to_json
 from lungseg.telemetry import Progress
-
-SPLITS = ("train", "val", "test")
 
 
 @dataclass(frozen=True)
@@ -53,12 +52,13 @@ def prepare(
 ) -> Manifest:
     """The data set `name`; one that is there already with the same cases and settings is reused.
 
-    Raises DataError("cases-none"), DataError("data-exists") if it is there with others, and whatever
-    loading a scan raises.
+    Raises DataError("cases-none"), DataError("data-exists") if it is there with others, as `read_table` and
+    `assign_splits`, and whatever loading a scan raises.
     """
     if not cases:
         raise DataError("cases-none", data=name, remedy="give a folder with scans that are not all excluded")
-    split_of = assign_splits([(case.case_id, case.patient_id) for case in cases], config.split)
+    table = read_table(config.split.file) if config.split.file else None
+    split_of = assign_splits([(case.case_id, case.patient_id) for case in cases], config.split, table)
     wanted = _fingerprint({"config": config.model_dump(mode="json"), "splits": split_of})
     if not store.exists(shards.manifest_key(name)):
         built = _build(store, name, cases, split_of, config, progress, excluded, wanted)
@@ -107,23 +107,6 @@ def _sweep(store: Store, manifest: Manifest) -> None:
     for folder in ("work", "shards", "volumes"):
         found = store.find(f"data/{manifest.name}/{folder}/")
         store.delete([item.key for item in found if item.key not in named])
-
-
-def assign_splits(cases: Iterable[tuple[str, str]], config: SplitConfig) -> dict[str, str]:
-    """case id -> split, from (case id, patient id): all scans of a patient share one.
-
-    Patients are ranked by a seeded hash, the first share is test, the next val; a share above 0 gets one
-    patient at least while any is left for training.
-    """
-    cases = list(cases)
-    patients = sorted({patient for _, patient in cases}, key=lambda p: _fingerprint([config.seed, p]))
-    split: dict[str, str] = {}
-    free = len(patients) - 1
-    for name, share in (("test", config.test), ("val", config.val)):
-        count = min(free, max(1, round(share * len(patients)))) if share else 0
-        free -= count
-        split |= dict.fromkeys(patients[len(split) : len(split) + count], name)
-    return {case: split.get(patient, "train") for case, patient in cases}
 
 
 def plan_shards(

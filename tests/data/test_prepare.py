@@ -22,10 +22,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from unpacked import unpacked
 
-from lungseg.config import DataConfig, PairsConfig, PatchConfig, ShardConfig, SplitConfig
+from lungseg.config import DataConfig, PairsConfig, PatchConfig, ShardConfig
 from lungseg.data import pairs, shards
 from lungseg.data.case import LabelledScan, Nodule
-from lungseg.data.prepare import _shard_task, assign_splits, cut_patches, plan_shards, prepare, to_grid
+from lungseg.data.prepare import _shard_task, cut_patches, plan_shards, prepare, to_grid
 from lungseg.data.volume import Geometry, Volume
 from lungseg.data.volumes import read_volume
 from lungseg.errors import DataError
@@ -33,7 +33,7 @@ from lungseg.storage import Store, open_store
 
 AXIAL = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
 TREE: dict[str, Any] = {
-    "split": {"val": 0.25, "test": 0.25},
+    "split": {"val": 0.25, "test": 0.25, "seed": 2},  # which deals four patients out as 2, 1 and 1
     "patch": {"shape_zyx": [16, 16, 16]},
     "shard": {"target_mib": 1},
 }
@@ -221,6 +221,14 @@ def test_a_scan_that_cannot_be_read_ends_in_its_own_error_and_no_manifest(
     assert not store.exists("data/d/manifest.json")
 
 
+def test_a_file_of_splits_is_followed(cases: list[pairs.PairCase], tmp_path: Path) -> None:
+    (tmp_path / "splits.csv").write_text("patient,split\nMUSTER^ERIKA-0,val\n")
+    config = DataConfig.model_validate({"split": {"file": tmp_path / "splits.csv"}})
+    with pytest.raises(DataError, match=r"split-incomplete: 3 of 4 patients.*MUSTER\^ERIKA-1"):
+        prepare(open_store(tmp_path / "store"), "d", cases, config, quiet)
+    assert not (tmp_path / "store" / "data").exists()
+
+
 def test_no_scans_at_all_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cases-none"):
         prepare(open_store(tmp_path), "d", [], CONFIG, quiet)
@@ -238,7 +246,7 @@ def test_a_killed_job_goes_on_where_it_died_and_gives_the_same_data_set(
     work = tmp_path / "killed/data/d/work"
 
     command = [sys.executable, "-m", "lungseg.cli", "prepare", "pairs", str(tmp_path / "pairs")]
-    command += ["--store", store.uri, "--data", "d", "--set", "data.split={val: 0.25, test: 0.25}"]
+    command += ["--store", store.uri, "--data", "d", "--set", "data.split={val: 0.25, test: 0.25, seed: 2}"]
     command += ["--set", "data.patch.shape_zyx=[16, 16, 16]", "--set", "data.shard.target_mib=1"]
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
@@ -332,38 +340,6 @@ def test_a_crop_smaller_than_a_patch_is_filled_with_air() -> None:
 
 
 names = st.text("abcdef0123456789-", min_size=1, max_size=6)
-shares = st.tuples(st.floats(0, 0.49), st.floats(0, 0.49))
-
-
-@given(st.dictionaries(names, names, max_size=60), shares, st.integers(0, 2**31 - 1), st.randoms())
-@settings(deadline=None)
-def test_no_patient_is_in_two_splits_and_shares_are_honoured(patient_of, share, seed, random):
-    config = SplitConfig(val=share[0], test=share[1], seed=seed)
-    split_of = assign_splits(patient_of.items(), config)
-    assert split_of.keys() == patient_of.keys()
-    splits: dict[str, set[str]] = {}
-    for case, patient in patient_of.items():
-        splits.setdefault(patient, set()).add(split_of[case])
-    assert all(len(one) == 1 for one in splits.values())
-    counts = Counter(next(iter(one)) for one in splits.values())
-    total = len(splits)
-    assert not total or counts["train"] >= 1
-    for name in ("val", "test"):
-        wanted = getattr(config, name) * total
-        if not wanted:
-            assert counts[name] == 0
-        elif counts["train"] > 1:  # else there were too few patients for all
-            assert counts[name] == max(1, round(wanted))
-    again = list(patient_of.items())
-    random.shuffle(again)
-    assert assign_splits(again, config) == split_of
-
-
-def test_another_seed_gives_other_splits_and_the_same_ones_for_ever():
-    cases = [(f"c{number}", f"p{number}") for number in range(10)]
-    first, second = (assign_splits(cases, SplitConfig(val=0.2, test=0.2, seed=seed)) for seed in (0, 1))
-    assert first != second
-    assert Counter(first.values()) == {"train": 6, "val": 2, "test": 2}
 
 
 @given(
