@@ -4,6 +4,9 @@ Two stages of Ray tasks. One task a scan resamples it, cuts its patches into a w
 by a small JSON beside it, so a killed job reads no scan twice. Then a pure plan mixes the patches of all
 scans into shards, one task each. The manifest is written last. The result depends on the cases and the
 settings alone, never on the number of workers or the order in which they finish.
+
+The key of each object ends in a digest of what it is made of, so that jobs of other settings under the same
+name write other objects: the first to write the manifest owns the name.
 """
 
 from __future__ import annotations
@@ -60,9 +63,14 @@ def prepare(
     table = read_table(config.split.file) if config.split.file else None
     split_of = assign_splits([(case.case_id, case.patient_id) for case in cases], config.split, table)
     wanted = _fingerprint({"config": config.model_dump(mode="json"), "splits": split_of})
-    if not store.exists(shards.manifest_key(name)):
-        built = _build(store, name, cases, split_of, config, progress, excluded, wanted)
-        store.put_if_absent(shards.manifest_key(name), built.to_bytes())
+    key = shards.manifest_key(name)
+    if not store.exists(key):
+        try:
+            built = _build(store, name, cases, split_of, config, progress, excluded, wanted)
+            store.put_if_absent(key, built.to_bytes())
+        except LungsegError:
+            if not store.exists(key):  # else another job was first, and swept away what it does not name
+                raise
     manifest = shards.load_manifest(store, name)
     if manifest.fingerprint != wanted:
         remedy = "choose another --data name, or delete the old data set"
@@ -101,7 +109,7 @@ def _build(
 
 
 def _sweep(store: Store, manifest: Manifest) -> None:
-    """Delete the work files, and what killed jobs with other settings left behind."""
+    """Delete the work files, and what jobs with other settings left behind."""
     named = {shard.key for split in manifest.shards.values() for shard in split}
     named |= {volume.key for split in manifest.volumes.values() for volume in split}
     for folder in ("work", "shards", "volumes"):
@@ -172,25 +180,23 @@ def _parallel(
 def _scan_task(store: Store, name: str, case: Case, split: str, config: DataConfig) -> Prepared:
     """Work of one scan, or what an earlier, killed job committed of it."""
     settings = config.model_dump(mode="json", exclude={"shard", "split"})
-    wanted = _fingerprint({"settings": settings, "case": case.case_id, "split": split})
-    key = f"data/{name}/work/{case.case_id}.json"
+    stem = f"{case.case_id}-{_digest({'settings': settings, 'case': case.case_id, 'split': split})}"
+    key = f"data/{name}/work/{stem}.json"
     if store.exists(key):
-        tree = store.get_json(key)
-        if tree.pop("fingerprint") == wanted:
-            return _prepared_from_json(tree)
+        return _prepared_from_json(store.get_json(key))
     scan = case.load()
     stored, ignore = to_grid(scan, config.spacing_mm)
     cut = [] if split == "test" else cut_patches(case.case_id, scan, stored, ignore, config.patch)
     work = None
     if cut:
-        work_key = f"data/{name}/work/{case.case_id}.arrow"
+        work_key = f"data/{name}/work/{stem}.arrow"
         work = shards.write_shard(store, work_key, ([p] for p in cut), config.patch.shape_zyx, "planes-lz4")
     volume = None
     if split != "train":
-        volume_key = f"data/{name}/volumes/{split}/{case.case_id}.arrow"
+        volume_key = f"data/{name}/volumes/{split}/{stem}.arrow"
         volume = write_volume(store, volume_key, case.case_id, stored)
     prepared = Prepared(case.case_id, tuple(p.stratum for p in cut), work, volume, len(scan.nodules))
-    store.put(key, to_json({"fingerprint": wanted, **asdict(prepared)}))
+    store.put_json(key, asdict(prepared))
     return prepared
 
 
@@ -255,7 +261,8 @@ def _shards(
     tasks = [
         (
             store,
-            f"data/{name}/shards/{split}-{number:05d}.arrow",
+            f"data/{name}",
+            f"{split}-{number:05d}",
             batches,
             {case: work[case] for batch in batches for case, _ in batch},
             config,
@@ -267,19 +274,18 @@ def _shards(
 
 def _shard_task(
     store: Store,
-    key: str,
+    root: str,
+    title: str,
     batches: list[list[tuple[str, int]]],
     work: dict[str, Shard],
     config: DataConfig,
 ) -> Shard:
     """One shard, or what an earlier, killed job committed of it."""
     shape, codec = config.patch.shape_zyx, config.shard.codec
-    wanted = _fingerprint([codec, shape, batches, {case: shard.sha256 for case, shard in work.items()}])
-    committed = f"{key.replace('/shards/', '/work/shards/')}.json"
-    if store.exists(committed):
-        tree = store.get_json(committed)
-        if tree["fingerprint"] == wanted and store.size(key) == tree["shard"]["bytes"]:
-            return Shard.from_json(tree["shard"])
+    digest = _digest([codec, shape, batches, {case: shard.sha256 for case, shard in work.items()}])
+    key, committed = (f"{root}/shards/{title}-{digest}.arrow", f"{root}/work/shards/{title}-{digest}.json")
+    if store.exists(committed) and store.exists(key):
+        return Shard.from_json(store.get_json(committed))
 
     def load(case: str, row: int) -> Patch:
         source = work[case]
@@ -288,7 +294,7 @@ def _shard_task(
 
     groups = ([load(case, row) for case, row in batch] for batch in batches)
     shard = shards.write_shard(store, key, groups, shape, codec)
-    store.put_json(committed, {"fingerprint": wanted, "shard": asdict(shard)})
+    store.put_json(committed, asdict(shard))
     return shard
 
 
@@ -308,3 +314,8 @@ def _prepared_from_json(tree: dict[str, Any]) -> Prepared:
 
 def _fingerprint(value: Any) -> str:
     return hashlib.sha256(to_json([FORMAT, value])).hexdigest()
+
+
+def _digest(value: Any) -> str:
+    """Short enough for a key, and long enough that no two things of one name share it."""
+    return _fingerprint(value)[:16]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 import os
 import signal
@@ -11,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from unpacked import unpacked
 from lungseg.config import DataConfig, PairsConfig, PatchConfig, ShardConfig
 from lungseg.data import pairs, shards
 from lungseg.data.case import LabelledScan, Nodule
-from lungseg.data.prepare import _shard_task, cut_patches, plan_shards, prepare, to_grid
+from lungseg.data.prepare import _scan_task, _shard_task, cut_patches, plan_shards, prepare, to_grid
 from lungseg.data.volume import Geometry, Volume
 from lungseg.data.volumes import read_volume
 from lungseg.errors import DataError
@@ -199,8 +199,9 @@ def test_what_a_killed_job_with_other_settings_left_is_swept_away(
     store = open_store(tmp_path)
     for key in ("work/x.json", "work/x.arrow", "shards/train-00077.arrow", "volumes/val/old.arrow"):
         store.put(f"data/d/{key}", b"stale")
-    stale = {"fingerprint": "of other settings", "strata": []}
-    store.put_json(f"data/d/work/{cases[0].case_id}.json", stale)
+    scan = _scan_task(store, "d", cases[0], "val", CONFIG.model_copy(update={"spacing_mm": (2.0, 1.0, 1.0)}))
+    assert scan.work is not None
+    assert store.exists(scan.work.key)
     prepare(store, "d", cases, CONFIG, quiet)
     assert contents(store) == contents(prepared[0])
 
@@ -260,7 +261,7 @@ def test_a_killed_job_goes_on_where_it_died_and_gives_the_same_data_set(
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     time.sleep(2)  # Ray's own processes follow their driver
-    done = {path.stem for path in work.glob("*.json")}
+    done = {path.stem.rpartition("-")[0] for path in work.glob("*.json")}
     assert 0 < len(done) < 24
     assert not store.exists("data/d/manifest.json")
 
@@ -280,17 +281,65 @@ def test_a_shard_that_a_killed_job_finished_is_not_written_again(
     stored, ignore = to_grid(scan, (1.0, 1.0, 1.0))
     cut = cut_patches("c", scan, stored, ignore, CONFIG.patch)
     work = shards.write_shard(store, "work", ([one] for one in cut), CONFIG.patch.shape_zyx, "lz4")
-    key, plan = "data/d/shards/train-00000.arrow", [[("c", 0), ("c", 2)], [("c", 1)]]
-    first = _shard_task(store, key, plan, {"c": work}, CONFIG)
+    plan = [[("c", 0), ("c", 2)], [("c", 1)]]
+
+    def make(plan: list[list[tuple[str, int]]], config: DataConfig = CONFIG) -> shards.Shard:
+        return _shard_task(store, "data/d", "train-00000", plan, {"c": work}, config)
+
+    first = make(plan)
     before = times(tmp_path)
-    assert _shard_task(store, key, plan, {"c": work}, CONFIG) == first
+    assert make(plan) == first
     assert times(tmp_path) == before
-    # Other patches, another codec, a shard that is gone: written again.
-    assert _shard_task(store, key, plan[::-1], {"c": work}, CONFIG) != first
-    raw = CONFIG.model_copy(update={"shard": ShardConfig(codec="raw")})
-    assert _shard_task(store, key, plan, {"c": work}, raw).codec == "raw"
-    store.delete([key])
-    assert _shard_task(store, key, plan, {"c": work}, raw).bytes == store.size(key)
+    # Other patches or another codec are another object; a shard that is gone is written again.
+    others = [
+        make(plan[::-1]),
+        make(plan, CONFIG.model_copy(update={"shard": ShardConfig(codec="raw")})),
+    ]
+    assert len({one.key for one in [first, *others]}) == 3
+    assert others[1].codec == "raw"
+    store.delete([first.key])
+    assert make(plan) == first
+    assert store.size(first.key) == first.bytes
+
+
+def test_jobs_of_other_settings_under_one_name_write_other_objects(
+    cases: list[pairs.PairCase], tmp_path: Path
+) -> None:
+    """What the second writes leaves the bytes of the first as they were."""
+    store = open_store(tmp_path)
+    coarser = CONFIG.model_copy(update={"spacing_mm": (1.0, 1.0, 1.1)})
+    ours, before = _scan_task(store, "d", cases[0], "val", CONFIG), contents(store)
+    theirs = _scan_task(store, "d", cases[0], "val", coarser)
+    assert {key: store.get(key) for key in before} == before
+    assert ours.work and theirs.work and ours.volume and theirs.volume  # noqa: PT018
+    assert len({one.key for one in (ours.work, theirs.work, ours.volume, theirs.volume)}) == 4
+
+
+def test_of_two_jobs_at_once_one_owns_the_name_and_its_data_set_is_whole(
+    prepared: tuple[Store, shards.Manifest], cases: list[pairs.PairCase], tmp_path: Path
+) -> None:
+    store = open_store(tmp_path)
+    other = CONFIG.model_copy(update={"spacing_mm": (1.0, 1.0, 1.1)})
+
+    def job(config: DataConfig) -> shards.Manifest | DataError:
+        try:
+            return prepare(store, "d", cases, config, quiet)
+        except DataError as error:
+            return error
+
+    with ThreadPoolExecutor(3) as pool:
+        results = list(pool.map(job, (CONFIG, other, CONFIG)))
+    lost = [one for one in results if isinstance(one, DataError)]
+    assert [error.code for error in lost] == ["data-exists"] * len(lost)
+    assert len(lost) in (1, 2)
+    manifest = shards.load_manifest(store, "d")
+    assert all(one == manifest for one in results if not isinstance(one, DataError))
+    for split in ("train", "val"):
+        assert len(all_patches(store, manifest, split)) == manifest.counts[split]["patches"]
+    for split in ("val", "test"):
+        assert all(read_volume(store, entry) for entry in manifest.volumes[split])
+    if len(lost) == 1:
+        assert manifest == prepared[1]
 
 
 def labelled(shape: tuple[int, int, int], spacing_mm: tuple[float, float, float]) -> LabelledScan:
@@ -375,11 +424,3 @@ def test_a_plan_mixes_scans_and_differs_by_seed():
     batches = [batch for shard in plan_shards(rows, 4, 100, 0) for batch in shard]
     assert np.mean([len({case for case, _ in batch}) for batch in batches]) > 3.5
     assert plan_shards(rows, 4, 100, 1) != plan_shards(rows, 4, 100, 0)
-
-
-def test_work_of_a_scan_is_not_trusted_by_its_name_alone(tmp_path: Path, ray_cluster: object) -> None:
-    case = write_pairs(tmp_path / "pairs", 1)[0]
-    store = open_store(tmp_path / "store")
-    store.put(f"data/d/work/{case.case_id}.json", json.dumps({"fingerprint": "x"}).encode())
-    manifest = prepare(store, "d", [case], CONFIG, quiet)
-    assert manifest.counts["train"]["patches"] >= 8
