@@ -10,6 +10,7 @@ import pytest
 
 from lungseg.config import LidcConfig
 from lungseg.data import pylidc_compat
+from lungseg.data.identity import case_id, case_key
 from lungseg.data.lidc import LidcCase, find_cases, is_regular
 from lungseg.data.marks import Mark, label, read_marks
 from lungseg.data.phantom import write_series
@@ -181,6 +182,12 @@ def test_series_that_does_not_cover_the_contours_is_refused(scan, tmp_path):
     (case,), _ = find_cases(tmp_path, LidcConfig())
     with pytest.raises(DataError, match="contours-off-grid"):
         case.load()
+
+
+def test_public_ids_may_be_keyed_too_also_of_what_is_left_out(scan, tmp_path):
+    write(tmp_path / "scan", scan, slices=40)
+    _, (exclusion,) = find_cases(tmp_path, LidcConfig(public_ids=False))
+    assert exclusion.case_id == case_id(PATIENT, case_key())
 
 
 def test_thick_and_incomplete_scans_are_left_out_with_the_reason(scan, tmp_path):
