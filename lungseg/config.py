@@ -223,8 +223,14 @@ class TrainConfig(_Frozen):
     xla: Literal["auto", "always", "never"] = Field("auto", description="auto: on GPUs; on CPUs it is slower")
     seed: Seed = Field(0, description="of the weights, the order of patches and the augmentation")
     patience_epochs: int = Field(20, ge=1, description="early stopping: epochs without a better val Dice")
+    min_delta: float = Field(0.0, ge=0, lt=1, description="what val Dice must gain to count as better there")
+    init_from: str | None = Field(
+        None, description="another run, with whose best weights this one begins; it has the same network"
+    )
     max_failures: int = Field(3, ge=0, description="worker deaths that are survived by restarting the group")
-    log_every_steps: int = Field(10, ge=1, description="each log line waits for the device")
+    log_every_steps: int = Field(
+        10, ge=1, description="a log line waits for the device; several workers heed a notice to leave there"
+    )
 
     @model_validator(mode="after")
     def _batch_divides(self) -> TrainConfig:
