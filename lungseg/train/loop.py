@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import numpy as np
@@ -84,7 +85,7 @@ class _Worker:
         return time.monotonic() - self.began
 
     def arrays(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        return arrays(self.stepper.model.weights), arrays(self.stepper.optimizer.variables)
+        return arrays(self.stepper.model.weights), arrays(_other_variables(self.stepper))
 
 
 def run_worker(job: Job, session: Session) -> None:
@@ -132,8 +133,20 @@ def _restore(job: Job, session: Session, checkpoints: Checkpoints, stepper: Step
         return None
     found = found or checkpoints.read(name)
     assign(stepper.model.weights, found.weights, name)
-    assign(stepper.optimizer.variables, found.optimizer, name)
+    assign(_other_variables(stepper), found.optimizer, name)
     return found
+
+
+def _other_variables(stepper: Stepper) -> list[Any]:
+    """What training changes besides the weights: the optimiser's variables, and the generators that dropout
+    draws from. Keras numbers those anew in every network it builds; here the first is always 0."""
+    weights = {id(variable) for variable in stepper.model.weights}
+    generators = [variable for variable in stepper.model.variables if id(variable) not in weights]
+    numbered = [
+        SimpleNamespace(path=f"random/{number}", shape=one.shape, numpy=one.numpy, assign=one.assign)
+        for number, one in enumerate(generators)
+    ]
+    return [*stepper.optimizer.variables, *numbered]
 
 
 def _train(worker: _Worker, state: TrainState) -> None:

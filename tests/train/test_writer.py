@@ -54,19 +54,28 @@ def fail() -> None:
 @pytest.mark.parametrize("then", ["submit", "wait", "leave", "fail too"])
 def test_an_error_comes_out_at_the_next_chance_and_stops_what_follows(then: str) -> None:
     done: list[int] = []
-    with pytest.raises(OSError, match="disk full"), Writer() as writer:
-        writer.submit(fail)
-        writer._tasks.join()
-        if then == "submit":
-            writer.submit(lambda: done.append(1))
-        elif then == "wait":
-            writer.wait()
-        elif then == "fail too":
-            raise ValueError("of the block, and later")
+
+    def block() -> None:
+        with Writer() as writer:
+            writer.submit(fail)
+            writer._tasks.join()
+            if then == "submit":
+                writer.submit(lambda: done.append(1))
+            elif then == "wait":
+                writer.wait()
+            elif then == "fail too":
+                raise ValueError("of the block, and later")
+
+    with pytest.raises(OSError, match="disk full"):
+        block()
     assert done == []
 
 
 def test_ctrl_c_is_not_hidden_by_an_error_of_writing() -> None:
-    with pytest.raises(KeyboardInterrupt), Writer() as writer:
-        writer.submit(fail)
-        raise KeyboardInterrupt
+    def block() -> None:
+        with Writer() as writer:
+            writer.submit(fail)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        block()
