@@ -136,7 +136,9 @@ class Checkpoints:
                     raise
                 _log.warning("checkpoint %s has no readable manifest: %s", name, error)
             else:
-                entries.append(Entry(name, manifest["attempt"], manifest["val_dice"], manifest["claim"]))
+                entries.append(
+                    Entry(name, manifest["attempt"], manifest["val_dice"], manifest.get("claim", 0))
+                )
         mine = [entry for entry in entries if entry.attempt == attempt]
         return sorted(mine, key=lambda entry: entry.age, reverse=True)
 

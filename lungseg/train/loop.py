@@ -28,6 +28,7 @@ from lungseg.storage import Store
 from lungseg.telemetry import DATA_WAIT_SECONDS, PATCHES, STEP_SECONDS, TRAIN_LOSS, log
 from lungseg.train.checkpoint import Checkpoint, Checkpoints, TrainState, arrays, assign
 from lungseg.train.lease import claim
+from lungseg.train.notice import heed_sigterm_again
 from lungseg.train.record import Recorder, diverged
 from lungseg.train.run import run_root
 from lungseg.train.step import Stepper, ValSums
@@ -99,6 +100,7 @@ def run_worker(job: Job, session: Session) -> None:
     per_pass = steps_per_pass(job.manifest.rows("train"), recipe.train.global_batch)
     steps = recipe.train.steps_per_epoch or per_pass
     stepper = Stepper(recipe, strategy, steps * recipe.train.epochs)
+    heed_sigterm_again()
     checkpoints = Checkpoints(job.store, job.root)
     lease = claim(job.store, job.root, job.driver) if session.rank == 0 else None
     found = _restore(job, session, checkpoints, stepper)
