@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import numpy as np
@@ -26,7 +25,7 @@ from lungseg.data.shards import Manifest
 from lungseg.data.stream import Batch, PatchStream
 from lungseg.storage import Store
 from lungseg.telemetry import DATA_WAIT_SECONDS, PATCHES, STEP_SECONDS, TRAIN_LOSS, log
-from lungseg.train.checkpoint import Checkpoint, Checkpoints, TrainState, arrays, assign
+from lungseg.train.checkpoint import Checkpoint, Checkpoints, TrainState
 from lungseg.train.lease import claim
 from lungseg.train.notice import heed_sigterm_again
 from lungseg.train.record import Recorder, diverged
@@ -86,7 +85,7 @@ class _Worker:
         return time.monotonic() - self.began
 
     def arrays(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        return arrays(self.stepper.model.weights), arrays(_other_variables(self.stepper))
+        return self.stepper.weights(), self.stepper.training_state()
 
 
 def run_worker(job: Job, session: Session) -> None:
@@ -131,28 +130,15 @@ def _restore(job: Job, session: Session, checkpoints: Checkpoints, stepper: Step
         if job.init:
             run, _, name = job.init.partition("/")
             initial = Checkpoints(job.store, run_root(run)).read(name, with_optimizer=False)
-            assign(stepper.model.weights, initial.weights, job.init)
+            stepper.begin_with(initial.weights, job.init)
         return None
     found = found or checkpoints.read(name)
-    assign(stepper.model.weights, found.weights, name)
-    assign(_other_variables(stepper), found.optimizer, name)
+    stepper.restore(found.weights, found.optimizer, name)
     return found
 
 
-def _other_variables(stepper: Stepper) -> list[Any]:
-    """What training changes besides the weights: the optimiser's variables, and the generators that dropout
-    draws from. Keras numbers those anew in every network it builds; here the first is always 0."""
-    weights = {id(variable) for variable in stepper.model.weights}
-    generators = [variable for variable in stepper.model.variables if id(variable) not in weights]
-    numbered = [
-        SimpleNamespace(path=f"random/{number}", shape=one.shape, numpy=one.numpy, assign=one.assign)
-        for number, one in enumerate(generators)
-    ]
-    return [*stepper.optimizer.variables, *numbered]
-
-
 def _train(worker: _Worker, state: TrainState) -> None:
-    job, session, config = worker.job, worker.session, worker.job.recipe.train
+    job, session, stepper, config = worker.job, worker.session, worker.stepper, worker.job.recipe.train
     open_stream = partial(
         PatchStream,
         job.store,
@@ -167,7 +153,7 @@ def _train(worker: _Worker, state: TrainState) -> None:
         while not state.ended(config):
             state = _epoch(worker, stream, batches, state)
             with open_stream(split="val", training=False) as val:
-                sums = sum((worker.stepper.validate(batch) for batch in val), ValSums())
+                sums = sum((stepper.validate(stepper.place(batch)) for batch in val), ValSums())
             # Clocks differ between ranks; all must stop after the same epoch.
             state = _advance(config, state, session.share(_metrics(worker, state, sums)))
             if worker.recorder:
@@ -181,7 +167,7 @@ def _epoch(worker: _Worker, stream: PatchStream, batches: Iterator[Batch], state
     """Train what is left of an epoch. Fetches the loss only every few steps: each fetch waits for the
     device."""
     every, steps = worker.job.recipe.train.log_every_steps, worker.steps_per_epoch
-    labels = (worker.job.root, "", str(worker.session.rank))
+    stepper, labels = worker.stepper, (worker.job.root, "", str(worker.session.rank))
     losses: list[tf.Tensor] = []
     waited, began = stream.waited_seconds, time.monotonic()
 
@@ -197,7 +183,7 @@ def _epoch(worker: _Worker, stream: PatchStream, batches: Iterator[Batch], state
 
     for number in range(len(state.losses) + 1, steps + 1):
         start = time.monotonic()
-        losses.append(worker.stepper.train(next(batches)))
+        losses.append(stepper.train(stepper.place(next(batches))).loss)
         STEP_SECONDS.labels(*labels).observe(time.monotonic() - start)
         synced = number % every == 0 or number == steps
         if synced:
@@ -251,7 +237,7 @@ def _metrics(worker: _Worker, state: TrainState, sums: ValSums) -> dict[str, flo
         "epoch": state.epoch + 1,
         "loss": loss,
         "val_dice": sums.dice,
-        "learning_rate": float(worker.stepper.optimizer.learning_rate.numpy()),
+        "learning_rate": worker.stepper.learning_rate(state.step),
         "train_seconds": state.train_seconds,
         "data_wait_seconds": state.data_wait_seconds,
         "seconds": worker.seconds(),
