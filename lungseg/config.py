@@ -225,11 +225,11 @@ class TrainConfig(_Frozen):
     patience_epochs: int = Field(20, ge=1, description="early stopping: epochs without a better val Dice")
     min_delta: float = Field(0.0, ge=0, lt=1, description="what val Dice must gain to count as better there")
     init_from: str | None = Field(
-        None, description="another run, with whose best weights this one begins; it has the same network"
+        None, description="begin with the best weights of this run, of like network"
     )
     max_failures: int = Field(3, ge=0, description="worker deaths that are survived by restarting the group")
     log_every_steps: int = Field(
-        10, ge=1, description="a log line waits for the device; several workers heed a notice to leave there"
+        10, ge=1, description="logging waits for the device; notices are heeded then"
     )
 
     @model_validator(mode="after")
@@ -301,9 +301,7 @@ def load_recipe(path: Path | str | None = None, overrides: list[str] | tuple[str
             ) from error
         except yaml.YAMLError as error:
             detail = " ".join(str(error).split())
-            raise ConfigError(
-                "recipe-syntax", recipe=path, message=detail, remedy="correct the YAML"
-            ) from error
+            raise ConfigError("recipe-syntax", recipe=path, message=detail, remedy="correct it") from error
         if loaded is not None and not isinstance(loaded, dict):
             raise ConfigError("recipe-syntax", recipe=path, remedy="a recipe is a mapping of sections")
         tree = loaded or {}
