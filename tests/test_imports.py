@@ -82,7 +82,10 @@ def test_errors_import_nothing_of_ours_and_config_only_errors() -> None:
 
 
 def test_only_storage_speaks_to_object_stores() -> None:
-    assert users("boto3", "botocore", "pyarrow.fs", "s3fs", "fsspec") == {"lungseg.storage.s3"}
+    assert users("boto3", "botocore", "pyarrow.fs", "s3fs", "fsspec") == {
+        "lungseg.storage.s3",
+        "lungseg.storage.s3_connections",
+    }
 
 
 def test_only_a_few_modules_know_ray() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -68,6 +69,41 @@ def test_whose_object_it_is_after_a_lost_answer_is_told_by_its_bytes(
         assert [seen.fault for seen in proxy.seen if seen.method == "PUT"] == ["lose-answer", None]
         # Without a lost answer there is no doubt, whatever the bytes.
         assert not store.put_if_absent("claim", b"ours")
+
+
+@pytest.mark.slow
+def test_writes_outlive_a_server_that_is_away_and_a_claim_stays_ours(
+    s3_uri: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """25 s of refusals are more than botocore's own six attempts outlast."""
+    (tmp_path / "file").write_bytes(b"of a file")
+    with fault_proxy(s3_server.endpoint) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        store = open_store(s3_uri)
+        store.put("old", b"")
+        for method in ("PUT", "HEAD", "DELETE"):
+            proxy.always[method] = "503"
+        proxy.script["PUT"].append("lose-answer")  # the first PUT is the claim's, and arrives
+        timer = threading.Timer(25, proxy.always.clear)
+        timer.start()
+        claimed: list[bool] = []
+        threads = [threading.Thread(target=lambda: claimed.append(store.put_if_absent("claim", b"ours")))]
+        threads[0].start()
+        while not proxy.seen or proxy.seen[-1].fault != "503":
+            time.sleep(0.05)
+        threads += [
+            threading.Thread(target=store.put, args=("bytes", b"some")),
+            threading.Thread(target=store.put, args=("file", tmp_path / "file")),
+            threading.Thread(target=store.delete, args=(["old"],)),
+            threading.Thread(target=store.size, args=("bytes",)),
+        ]
+        for thread in threads[1:]:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert claimed == [True]
+        assert [item.key for item in store.find()] == ["bytes", "claim", "file"]
+        assert store.get("file") == b"of a file"
 
 
 def test_waiting_for_a_server_fills_the_seconds_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:

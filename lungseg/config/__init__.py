@@ -169,8 +169,14 @@ class TrainConfig(Frozen):
     xla: Literal["auto", "always", "never"] = Field("auto", description="auto: on GPUs; on CPUs it is slower")
     seed: Seed = Field(0, description="of the weights, the order of patches and the augmentation")
     patience_epochs: int = Field(20, ge=1, description="early stopping: epochs without a better val Dice")
+    min_delta: float = Field(0.0, ge=0, lt=1, description="what val Dice must gain to count as better there")
+    init_from: str | None = Field(
+        None, description="begin with the best weights of this run, of like network"
+    )
     max_failures: int = Field(3, ge=0, description="worker deaths that are survived by restarting the group")
-    log_every_steps: int = Field(10, ge=1, description="each log line waits for the device")
+    log_every_steps: int = Field(
+        10, ge=1, description="logging waits for the device; notices are heeded then"
+    )
 
     @model_validator(mode="after")
     def _batch_divides(self) -> TrainConfig:
@@ -241,9 +247,7 @@ def load_recipe(path: Path | str | None = None, overrides: list[str] | tuple[str
             ) from error
         except yaml.YAMLError as error:
             detail = " ".join(str(error).split())
-            raise ConfigError(
-                "recipe-syntax", recipe=path, message=detail, remedy="correct the YAML"
-            ) from error
+            raise ConfigError("recipe-syntax", recipe=path, message=detail, remedy="correct it") from error
         if loaded is not None and not isinstance(loaded, dict):
             raise ConfigError("recipe-syntax", recipe=path, remedy="a recipe is a mapping of sections")
         tree = loaded or {}

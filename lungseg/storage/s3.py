@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lungseg.errors import StorageError
-from lungseg.storage.base import Read, Store, StoredObject, missing, truncated, whole
+from lungseg.storage.base import Patience, Read, Store, StoredObject, missing, truncated, whole
+from lungseg.storage.s3_connections import Watched, read_pool, s3_client
 
 if TYPE_CHECKING:
     import urllib3
@@ -37,17 +36,18 @@ class S3Store(Store):
         self.bucket, self.prefix = bucket, prefix + "/" if prefix else ""
         self.uri = f"s3://{bucket}/{prefix}".rstrip("/")
         self._urls: dict[str, tuple[str, float]] = {}
+        self._met = False
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return S3Store, (self.bucket, self.prefix.rstrip("/"))
+        return S3Store, (self.bucket, self.prefix.rstrip("/")), {"_met": self._met}
 
     @cached_property
     def client(self) -> Any:
-        return _s3_client()
+        return s3_client()
 
     @cached_property
     def pool(self) -> urllib3.PoolManager:
-        return _pool(self.client.meta.endpoint_url)
+        return read_pool(self.client.meta.endpoint_url)
 
     def renew(self) -> None:
         if "client" in self.__dict__:  # made already
@@ -56,15 +56,14 @@ class S3Store(Store):
             self.pool.clear()
 
     def check(self) -> None:
-        next(self.find(), None)
+        try:
+            self.client.list_objects_v2(Bucket=self.bucket, Prefix=self.prefix, MaxKeys=1)
+        except Exception as error:
+            raise self._failure(error, "") from error
 
     def folders(self, prefix: str) -> list[str]:
-        pages = self.client.get_paginator("list_objects_v2")
-        try:
-            found = pages.paginate(Bucket=self.bucket, Prefix=self.prefix + prefix, Delimiter="/")
-            names = [item["Prefix"] for page in found for item in page.get("CommonPrefixes", ())]
-        except Exception as error:
-            raise self._failure(error, prefix) from error
+        found = self._pages(prefix, Delimiter="/")
+        names = [item["Prefix"] for page in found for item in page.get("CommonPrefixes", ())]
         return [name[len(self.prefix + prefix) : -1] for name in names]
 
     def get(self, key: str, start: int = 0, length: int | None = None) -> bytes:
@@ -113,7 +112,7 @@ class S3Store(Store):
         from botocore.exceptions import ClientError
 
         patience = read.patience
-        _Watched.of_thread.read = read
+        Watched.of_thread.read = read
         try:
             answer = self.pool.request(
                 "GET",
@@ -132,9 +131,10 @@ class S3Store(Store):
                 answer.close()
                 raise
             answer.release_conn()
+            self._met = True
         finally:
             read.waits_on(None)
-            del _Watched.of_thread.read
+            del Watched.of_thread.read
         if refused:
             code = _code_of(taken) or f"HTTP status {answer.status}"
             about = {"HTTPStatusCode": answer.status}
@@ -154,56 +154,84 @@ class S3Store(Store):
         return url
 
     def put(self, key: str, data: bytes | Path) -> None:
-        try:
-            if isinstance(data, Path):
-                self.client.upload_file(str(data), self.bucket, self.prefix + key)
-            else:
-                self.client.put_object(Bucket=self.bucket, Key=self.prefix + key, Body=data)
-        except Exception as error:
-            raise self._failure(error, key) from error
+        place = {"Bucket": self.bucket, "Key": self.prefix + key}
+        if isinstance(data, Path):
+            self._patiently(key, lambda: self.client.upload_file(str(data), **place))
+        else:
+            self._patiently(key, lambda: self.client.put_object(Body=data, **place))
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
         from botocore.exceptions import ClientError
 
-        try:
-            self.client.put_object(Bucket=self.bucket, Key=self.prefix + key, Body=data, IfNoneMatch="*")
-        except ClientError as error:
-            answer = error.response["ResponseMetadata"]
-            if answer.get("HTTPStatusCode") in (409, 412):
-                # botocore repeats a PUT whose answer was lost, and is then told that the object is there.
-                # It is ours if its bytes are: run.json and checkpoints hold something random.
-                return bool(answer.get("RetryAttempts")) and self.get(key) == data
-            raise self._failure(error, key) from error
-        except Exception as error:
-            raise self._failure(error, key) from error
-        return True
+        tries = 0
+
+        def claim() -> bool:
+            nonlocal tries
+            tries += 1
+            try:
+                self.client.put_object(Bucket=self.bucket, Key=self.prefix + key, Body=data, IfNoneMatch="*")
+            except ClientError as error:
+                answer = error.response["ResponseMetadata"]
+                if answer.get("HTTPStatusCode") not in (409, 412):
+                    raise
+                # Whoever repeats a PUT whose answer was lost is told that the object is there. It is ours
+                # if its bytes are: run.json, claims and checkpoints hold something random.
+                repeated = tries > 1 or bool(answer.get("RetryAttempts"))
+                return repeated and self.get(key) == data
+            return True
+
+        return bool(self._patiently(key, claim))
 
     def size(self, key: str) -> int | None:
+        place = {"Bucket": self.bucket, "Key": self.prefix + key}
         try:
-            return int(self.client.head_object(Bucket=self.bucket, Key=self.prefix + key)["ContentLength"])
-        except Exception as error:
-            failure = self._failure(error, key)
+            return int(self._patiently(key, lambda: self.client.head_object(**place))["ContentLength"])
+        except StorageError as failure:
             if failure.code == "object-missing":
                 return None
-            raise failure from error
+            raise
 
     def find(self, prefix: str = "") -> Iterator[StoredObject]:
-        pages = self.client.get_paginator("list_objects_v2")
-        try:
-            for page in pages.paginate(Bucket=self.bucket, Prefix=self.prefix + prefix):
-                for item in page.get("Contents", ()):
-                    yield StoredObject(item["Key"][len(self.prefix) :], item["Size"])
-        except Exception as error:
-            raise self._failure(error, prefix) from error
+        for page in self._pages(prefix):
+            for item in page.get("Contents", ()):
+                yield StoredObject(item["Key"][len(self.prefix) :], item["Size"])
 
     def delete(self, keys: Iterable[str]) -> None:
         # One by one: several S3-compatible servers demand a Content-MD5 that boto3 no longer sends
         # with DeleteObjects.
         for key in keys:
+            place = {"Bucket": self.bucket, "Key": self.prefix + key}
+            self._patiently(key, partial(self.client.delete_object, **place))
+
+    def _pages(self, prefix: str, **query: Any) -> Iterator[dict[str, Any]]:
+        query |= {"Bucket": self.bucket, "Prefix": self.prefix + prefix}
+        while True:
+            page = self._patiently(prefix, lambda: self.client.list_objects_v2(**query))
+            yield page
+            if not page.get("IsTruncated"):
+                return
+            query["ContinuationToken"] = page["NextContinuationToken"]
+
+    def _patiently(self, key: str, call: Callable[[], Any]) -> Any:
+        """What `call`, which may be repeated, gives in the end: it is tried again for as long as a read.
+
+        Only of a server that has answered before: one that never did is more likely a wrong address."""
+        waits, first = Patience().waits(), True
+        while True:
             try:
-                self.client.delete_object(Bucket=self.bucket, Key=self.prefix + key)
+                answer = call()
+                self._met = True
+                return answer
+            except StorageError:
+                raise  # of a read, which was patient itself
             except Exception as error:
-                raise self._failure(error, key) from error
+                wait = next(waits, None) if self._met and _may_pass(error) else None
+                if wait is None:
+                    raise self._failure(error, key) from error
+                if first:
+                    _log.warning("asking the store again for %s: %s", key, _without_url(error))
+            first = False
+            time.sleep(wait)
 
     def _failure(self, error: Exception, key: str, **where: Any) -> StorageError:
         """One of our errors for whatever the client raised; unknown kinds are passed on as they are."""
@@ -245,15 +273,19 @@ class S3Store(Store):
 
 
 def _may_pass(error: Exception) -> bool:
-    """Whether the same read may succeed later: no answer or half of one, a server's own failure (5xx), and
-    the two 4xx that mean just that (408 request timeout, 429 too many requests)."""
-    from botocore.exceptions import ClientError
+    """Whether the same request may succeed later: no answer or half of one, a server's own failure (5xx),
+    and the two 4xx that mean just that (408 request timeout, 429 too many requests)."""
+    from botocore.exceptions import ClientError, HTTPClientError, SSLError
     from urllib3.exceptions import HTTPError
 
+    if type(error).__name__ == "S3UploadFailedError" and isinstance(error.__context__, Exception):
+        return _may_pass(error.__context__)
     if isinstance(error, ClientError):
         status = error.response["ResponseMetadata"]["HTTPStatusCode"]
         return status >= 500 or status in (408, 429)
-    return isinstance(error, HTTPError | OSError) and "CERTIFICATE_VERIFY_FAILED" not in str(error)
+    if isinstance(error, SSLError) or not isinstance(error, HTTPError | HTTPClientError | OSError):
+        return False
+    return "CERTIFICATE_VERIFY_FAILED" not in str(error)
 
 
 def _without_url(error: Exception) -> str:
@@ -265,58 +297,3 @@ def _code_of(body: bytes) -> str:
     """The code in S3's XML; empty where a proxy on the way answered in its own words."""
     found = re.search(rb"<Code>(\w+)</Code>", body)
     return found[1].decode() if found else ""
-
-
-def _s3_client() -> Any:
-    import boto3
-    from botocore.config import Config
-
-    config = Config(
-        connect_timeout=5,
-        read_timeout=60,
-        max_pool_connections=64,
-        retries={"mode": "standard", "total_max_attempts": 6},
-        signature_version="s3v4",  # also for presigned URLs, where older ways are the default
-        # Many S3-compatible servers know no trailing checksums; shards carry their own.
-        request_checksum_calculation="when_required",
-        response_checksum_validation="when_required",
-        s3={"addressing_style": "path" if os.environ.get("AWS_ENDPOINT_URL") else "auto"},
-    )
-    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
-    return boto3.session.Session(region_name=region).client("s3", config=config)
-
-
-class _Watched:
-    """Of a connection: tells the read of this thread which socket it waits on."""
-
-    of_thread = threading.local()
-    sock: Any
-
-    def request(self, *args: Any, **kwargs: Any) -> None:
-        super().request(*args, **kwargs)  # type: ignore[misc]
-        self.of_thread.read.waits_on(self.sock)
-
-
-def _pool(endpoint: str) -> urllib3.PoolManager:
-    """Connections with the proxies and certificates that boto3 would use."""
-    import urllib3
-    from botocore.httpsession import get_cert_path
-    from botocore.session import get_session
-    from botocore.utils import get_environ_proxies
-    from urllib3.connection import HTTPConnection, HTTPSConnection
-
-    class Plain(urllib3.HTTPConnectionPool):
-        ConnectionCls = type("Plain", (_Watched, HTTPConnection), {})
-
-    class Encrypted(urllib3.HTTPSConnectionPool):
-        ConnectionCls = type("Encrypted", (_Watched, HTTPSConnection), {})
-
-    options: dict[str, Any] = {
-        "maxsize": 256,  # connections that are kept; there are never more than threads that read
-        "cert_reqs": "CERT_REQUIRED",
-        "ca_certs": get_session().get_config_variable("ca_bundle") or get_cert_path(True),
-    }
-    proxy = get_environ_proxies(endpoint).get(endpoint.partition(":")[0])
-    pool = urllib3.ProxyManager(proxy, **options) if proxy else urllib3.PoolManager(**options)
-    pool.pool_classes_by_scheme = {"http": Plain, "https": Encrypted}
-    return pool

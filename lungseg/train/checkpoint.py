@@ -30,20 +30,37 @@ _log = log("checkpoint")
 
 @dataclass(frozen=True)
 class TrainState:
-    """Where a run stands besides its weights; `step` counts optimiser updates, `epoch` finished epochs."""
+    """Where a run stands besides its weights; `step` counts optimiser updates, `epoch` finished epochs.
+
+    The rest follows from these: learning rate and patches from (seed, step), random draws from (seed, step,
+    row). `metrics` are those of the last finished epoch; `losses`, `train_seconds` and `data_wait_seconds`
+    belong to the epoch under way, of which `losses` has one a step. `claim` is the number of the lease
+    under which it was written.
+    """
 
     attempt: str
     step: int
     epoch: int
     manifest_sha256: str
     recipe: dict[str, Any]
-    best_val_dice: float
-    epochs_without_gain: int
-    seconds: float
+    best_val_dice: float = -1.0
+    epochs_without_gain: int = 0
+    seconds: float = 0.0
     metrics: dict[str, float] = field(default_factory=dict)
+    losses: list[float] = field(default_factory=list)
+    train_seconds: float = 0.0
+    data_wait_seconds: float = 0.0
+    claim: int = 0
+
+    @property
+    def val_dice(self) -> float:
+        """Of the weights that go with this state; -1 within an epoch, where nobody has validated them."""
+        return -1.0 if self.losses or not self.epoch else self.metrics["val_dice"]
 
     def ended(self, config: TrainConfig) -> bool:
-        """Whether the run has its epochs, ran out of time, or stopped gaining."""
+        """Whether the run has its epochs, ran out of time after one, or stopped gaining."""
+        if self.losses:
+            return False
         late = config.max_minutes is not None and self.seconds >= config.max_minutes * 60
         return late or self.epoch >= config.epochs or self.epochs_without_gain >= config.patience_epochs
 
@@ -55,11 +72,21 @@ class Entry:
     name: str
     attempt: str
     val_dice: float
+    claim: int = 0
+
+    @property
+    def age(self) -> tuple[int, str]:
+        """Sorts by claim, then by step: a run that was taken over goes on from before its last steps."""
+        return self.claim, self.name
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A committed checkpoint: arrays by variable path."""
+    """A committed checkpoint: arrays by variable path.
+
+    `weights` are what is validated, pulled and used; `optimizer` is all else that is needed to go on, and
+    empty where training begins with these weights.
+    """
 
     name: str
     state: TrainState
@@ -89,7 +116,7 @@ class Checkpoints:
         for file, data in files.items():
             self.store.put(self._key(name, file), data)
         entries = {f: {"bytes": len(d), "sha256": hashlib.sha256(d).hexdigest()} for f, d in files.items()}
-        body = {"attempt": state.attempt, "val_dice": state.metrics["val_dice"], "files": entries}
+        body = {"attempt": state.attempt, "claim": state.claim, "val_dice": state.val_dice, "files": entries}
         manifest = to_json({**body, "sha256": _digest(body)})
         if not self.store.put_if_absent(self._key(name, "manifest.json"), manifest):
             raise RunError("checkpoint-exists", checkpoint=name, remedy="start the run again with --resume")
@@ -101,7 +128,7 @@ class Checkpoints:
         prefix = f"{self.root}/checkpoints/"
         names = [i.key[len(prefix) : -len(suffix)] for i in self.store.find(prefix) if i.key.endswith(suffix)]
         entries = []
-        for name in sorted(names, reverse=True):
+        for name in names:
             try:
                 manifest = self._manifest(name)
             except LungsegError as error:
@@ -109,8 +136,11 @@ class Checkpoints:
                     raise
                 _log.warning("checkpoint %s has no readable manifest: %s", name, error)
             else:
-                entries.append(Entry(name, manifest["attempt"], manifest["val_dice"]))
-        return [entry for entry in entries if entry.attempt == attempt]
+                entries.append(
+                    Entry(name, manifest["attempt"], manifest["val_dice"], manifest.get("claim", 0))
+                )
+        mine = [entry for entry in entries if entry.attempt == attempt]
+        return sorted(mine, key=lambda entry: entry.age, reverse=True)
 
     def read(self, name: str, *, with_optimizer: bool = True) -> Checkpoint:
         """Raises what `files` raises."""
@@ -164,7 +194,7 @@ class Checkpoints:
             "attempt": state.attempt,
             "epoch": state.epoch,
             "step": state.step,
-            "val_dice": state.metrics["val_dice"],
+            "val_dice": state.val_dice,
             "metrics": state.metrics,
             "model_sha256": hashlib.sha256(model_keras).hexdigest(),
         }
@@ -197,10 +227,10 @@ class Checkpoints:
 def to_delete(entries: Sequence[Entry], config: CheckpointConfig, pinned: Iterable[str] = ()) -> list[str]:
     """All but the newest `keep_latest`, the `keep_best` of highest validation Dice and the pinned.
 
-    Names sort by step; of equal scores the newer is kept.
+    Of equal scores the newer is kept.
     """
-    names = sorted(entry.name for entry in entries)
-    ranked = [e.name for e in sorted(entries, key=lambda e: (e.val_dice, e.name))]
+    names = [entry.name for entry in sorted(entries, key=lambda e: e.age)]
+    ranked = [e.name for e in sorted(entries, key=lambda e: (e.val_dice, e.age))]
     keep = {*names[-config.keep_latest :], *ranked[-config.keep_best :], *pinned}
     return [name for name in names if name not in keep]
 

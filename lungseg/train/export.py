@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,15 +52,19 @@ def load_best(store: Store, run: str) -> BestModel:
     return BestModel(run, found.data, checkpoint.name, recipe, with_probability(model))
 
 
-def export_model(model: keras.Model, config: ModelConfig) -> bytes:
-    """model.keras of a float32 copy that takes HU and gives probabilities."""
+def export_model(weights: Mapping[str, np.ndarray], config: ModelConfig) -> bytes:
+    """model.keras of a float32 network of these weights that takes HU and gives probabilities.
+
+    It is made on the CPU: beside it the training may use all of a GPU's memory.
+    """
     policy = keras.mixed_precision.dtype_policy()
     keras.mixed_precision.set_dtype_policy("float32")
     try:
-        copy = build_unet(config)
+        with tf.device("CPU:0"):
+            copy = build_unet(config)
+            assign(copy.weights, weights, "model.keras")
     finally:
         keras.mixed_precision.set_dtype_policy(policy)
-    copy.set_weights(model.get_weights())
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.keras"
         with_probability(copy).save(path)

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 from lungseg.cluster import connect
 from lungseg.config import Recipe
 from lungseg.data.shards import Manifest, load_manifest
-from lungseg.errors import ConfigError, LungsegError, StorageError
+from lungseg.errors import ConfigError, LungsegError, RunError, StorageError
 from lungseg.storage import Store
 from lungseg.telemetry import log, quiet_tensorflow
 from lungseg.train.checkpoint import Checkpoints
+from lungseg.train.notice import heed_sigterm, was_asked
 from lungseg.train.run import Mode, load_run, open_run, refuse_taken, run_exists, run_root
+
+_LEFT = "worker-asked-to-leave"
 
 
 def train(store: Store, data: str, run: str, recipe: Recipe, mode: Mode = "fresh") -> dict[str, Any]:
@@ -33,7 +38,7 @@ def train(store: Store, data: str, run: str, recipe: Recipe, mode: Mode = "fresh
         return ended
     cpus_per_worker(recipe, connect().nodes())  # a run that cannot start must not claim the name
     opened = open_run(store, run, manifest, recipe, mode)
-    fit(store, run_root(run), opened.attempt, manifest, recipe)
+    fit(store, run_root(run), opened.attempt, manifest, recipe, init=opened.init)
     best = Checkpoints(store, run_root(run)).best()
     assert best is not None  # every epoch that ends commits one
     return best
@@ -58,8 +63,12 @@ def fit(
     manifest: Manifest,
     recipe: Recipe,
     callbacks: Sequence[Any] = (),
+    init: str = "",
 ) -> None:
-    """Run the workers below the prefix `root` of the store; also the body of every tuning trial."""
+    """Run the workers below the prefix `root` of the store; also the body of every tuning trial.
+
+    Where there are `callbacks`, every epoch is committed before they hear of it.
+    """
     ray = connect()
     from ray.train import FailureConfig, RunConfig, ScalingConfig
 
@@ -74,9 +83,12 @@ def fit(
         trainer = TensorflowTrainer(
             _worker,
             train_loop_config={
-                "job": (store, root, attempt, manifest, recipe.model_dump(mode="json")),
+                "job": (store, root, attempt, manifest, recipe.model_dump(mode="json"), init),
+                "driver": secrets.token_hex(8),
                 "threads": cpus,
+                "settled": bool(callbacks),
             },
+            tensorflow_config=_backend_config(),
             scaling_config=ScalingConfig(
                 num_workers=recipe.train.workers,
                 use_gpu=bool(recipe.train.gpus_per_worker),
@@ -101,9 +113,28 @@ def fit(
             raise
 
 
+def _backend_config() -> Any:
+    """TensorFlow's, with workers that heed SIGTERM. Signal handlers are for a process's main thread, where
+    Ray runs this, and not the training."""
+    from ray.train.tensorflow import TensorflowConfig
+
+    base: Any = TensorflowConfig().backend_cls
+
+    class Backend(base):
+        def on_training_start(self, worker_group: Any, backend_config: Any) -> None:
+            worker_group.execute(heed_sigterm)
+
+    class Config(TensorflowConfig):
+        @property
+        def backend_cls(self) -> Any:
+            return Backend
+
+    return Config()
+
+
 def _watcher() -> Any:
     """A callback of Ray Train that tells why workers failed, and ends the run for what no restart cures:
-    our own errors, but for a store that may come back."""
+    our own errors, but for a store that may come back and a notice to leave."""
     from ray.train import UserCallback
 
     class Watcher(UserCallback):
@@ -112,7 +143,7 @@ def _watcher() -> Any:
                 # Of a remote traceback the last line names the error.
                 log("train").warning("worker %d failed: %s", rank, str(error).strip().rpartition("\n")[2])
                 ours = LungsegError.find_in(error)
-                if ours and not isinstance(ours, StorageError):
+                if ours and not isinstance(ours, StorageError) and ours.code != _LEFT:
                     raise ours
 
     return Watcher()
@@ -164,12 +195,41 @@ def _worker(config: dict[str, Any]) -> None:
 
     context = ray.train.get_context()
     group = ray.get_runtime_context().get_placement_group_id()  # of all workers; tuning frees it
-    store, root, attempt, manifest, recipe = config["job"]
+    store, root, attempt, manifest, recipe, init = config["job"]
     session = Session(
         rank=context.get_world_rank(),
         world_size=context.get_world_size(),
         threads=config["threads"],
         share=broadcast_from_rank_zero,
         report=lambda metrics: ray.train.report({**metrics, "placement_group": group}),
+        asked=lambda: was_asked() or _drain() is not None,
+        leave=_leave,
+        settled=config["settled"],
     )
-    run_worker(Job(store, root, attempt, manifest, parse_recipe(recipe)), session)
+    job = Job(store, root, attempt, manifest, parse_recipe(recipe), init, config["driver"])
+    run_worker(job, session)
+
+
+def _drain() -> Any:
+    """Ray Train's notice that the node of a worker is about to go, or None.
+
+    Kubernetes deletes a pod by SIGTERM to `ray start`, which marks its node as draining and waits for
+    RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S (30 s) before it ends the node's processes. Ray's public function
+    for this, get_preemption_info, is a barrier over all workers: too slow for every step.
+    """
+    from ray.train.v2._internal.execution.context import get_train_context
+
+    return get_train_context().preemption_context.preemption_info
+
+
+def _leave() -> NoReturn:
+    """End this worker, so that its group is started again, if need be elsewhere.
+
+    On a node that drains it waits for Ray to end it: only so does Ray not count this as a failure.
+    """
+    notice = _drain()
+    if notice is not None:
+        until = (notice.deadline_ms or 0) / 1000 or time.time() + 120  # as long as Ray itself waits
+        time.sleep(max(0.0, until - time.time()) + 10)
+    remedy = "start the same command again, with --resume"
+    raise RunError(_LEFT, message="its state is committed", remedy=remedy)

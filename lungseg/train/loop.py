@@ -6,26 +6,30 @@ Every rank runs this same function; rank 0 alone writes. It knows no Ray: what i
 
 from __future__ import annotations
 
-import json
 import math
+import secrets
+import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import tensorflow as tf
 
-from lungseg.config import Recipe
+from lungseg.config import Recipe, TrainConfig
 from lungseg.data.order import steps_per_pass
 from lungseg.data.shards import Manifest
-from lungseg.data.stream import PatchStream
-from lungseg.errors import RunError
+from lungseg.data.stream import Batch, PatchStream
 from lungseg.storage import Store
-from lungseg.telemetry import DATA_WAIT_SECONDS, PATCHES, STEP_SECONDS, TRAIN_LOSS, VAL_DICE, log
-from lungseg.train.checkpoint import Checkpoints, TrainState
-from lungseg.train.export import export_model
+from lungseg.telemetry import DATA_WAIT_SECONDS, PATCHES, STEP_SECONDS, TRAIN_LOSS, log
+from lungseg.train.checkpoint import Checkpoint, Checkpoints, TrainState
+from lungseg.train.lease import claim
+from lungseg.train.notice import heed_sigterm_again
+from lungseg.train.record import Recorder, diverged
+from lungseg.train.run import run_root
 from lungseg.train.step import Stepper, ValSums
 from lungseg.train.strategy import make_strategy, set_precision
 
@@ -34,31 +38,60 @@ _log = log("train")
 
 @dataclass(frozen=True)
 class Session:
-    """This worker among its peers. `share` gives every rank what rank 0 passed in; `report` tells the
-    driver of an epoch and is a barrier."""
+    """This worker among its peers.
+
+    `share` gives every rank what rank 0 passed in; `report` tells the driver of an epoch; both are
+    barriers. `asked` says whether this process was asked to leave, and `leave`, which does not return, is
+    called by all ranks once a checkpoint is committed. `settled`: an epoch is committed before it is
+    reported, since whoever hears of it may end the run.
+    """
 
     rank: int
     world_size: int
     threads: int | None
     share: Callable[[Any], Any]
     report: Callable[[dict[str, float]], None]
+    asked: Callable[[], bool] = lambda: False
+    leave: Callable[[], NoReturn] = sys.exit
+    settled: bool = False
 
 
 @dataclass(frozen=True)
 class Job:
-    """What to train: `root` is the run's prefix in the store."""
+    """What to train: `root` is the run's prefix in the store, `init` the checkpoint ("run/checkpoint") of
+    another run whose weights it begins with, `driver` the name of the command that started the workers."""
 
     store: Store
     root: str
     attempt: str
     manifest: Manifest
     recipe: Recipe
+    init: str = ""
+    driver: str = field(default_factory=lambda: secrets.token_hex(8))
+
+
+@dataclass(frozen=True)
+class _Worker:
+    """What a worker holds while it trains; only rank 0 has a recorder. `began` is a monotonic clock's."""
+
+    job: Job
+    session: Session
+    stepper: Stepper
+    recorder: Recorder | None
+    steps_per_epoch: int
+    began: float
+
+    def seconds(self) -> float:
+        return time.monotonic() - self.began
+
+    def arrays(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        return self.stepper.weights(), self.stepper.training_state()
 
 
 def run_worker(job: Job, session: Session) -> None:
     """Train from the newest valid checkpoint, or the start, to the end; then return.
 
-    Raises RunError("loss-not-finite"), and what the store and the stream raise.
+    Raises RunError("loss-not-finite", "run-taken-over"), and what the store and the stream raise.
     """
     recipe = job.recipe
     strategy = make_strategy(recipe.train, session.world_size, session.threads)
@@ -66,150 +99,163 @@ def run_worker(job: Job, session: Session) -> None:
     per_pass = steps_per_pass(job.manifest.rows("train"), recipe.train.global_batch)
     steps = recipe.train.steps_per_epoch or per_pass
     stepper = Stepper(recipe, strategy, steps * recipe.train.epochs)
+    heed_sigterm_again()
     checkpoints = Checkpoints(job.store, job.root)
-    state = _restore(job, session, checkpoints, stepper)
-    if session.rank == 0:
-        _log.info(
-            "%d workers, %d replicas, %s, %d parameters, %d steps an epoch, from epoch %d",
-            session.world_size, strategy.num_replicas_in_sync, precision,
-            stepper.model.count_params(), steps, state.epoch,
-        )  # fmt: skip
+    lease = claim(job.store, job.root, job.driver) if session.rank == 0 else None
+    found = _restore(job, session, checkpoints, stepper)
+    fresh = TrainState(job.attempt, 0, 0, job.manifest.sha256, {})
+    state = replace(
+        found.state if found else fresh,
+        recipe=recipe.model_dump(mode="json"),
+        claim=session.share(lease.number if lease else None),
+    )
+    with Recorder(checkpoints, lease, recipe) if lease else nullcontext() as recorder:
+        if recorder:
+            _log.info(
+                "%d workers, %d replicas, %s, %d parameters, %d steps an epoch, from epoch %d, step %d",
+                session.world_size, strategy.num_replicas_in_sync, precision,
+                stepper.model.count_params(), steps, state.epoch, state.step,
+            )  # fmt: skip
+        if recorder and found:
+            recorder.resumed(found)
+        began = time.monotonic() - state.seconds
+        _train(_Worker(job, session, stepper, recorder, steps, began), state)
+
+
+def _restore(job: Job, session: Session, checkpoints: Checkpoints, stepper: Stepper) -> Checkpoint | None:
+    """The checkpoint to go on from. Rank 0 chooses, so that all ranks restore the same one."""
+    found = checkpoints.newest(job.attempt) if session.rank == 0 else None
+    name = session.share(found.name if found else None)
+    if name is None:
+        if job.init:
+            run, _, name = job.init.partition("/")
+            initial = Checkpoints(job.store, run_root(run)).read(name, with_optimizer=False)
+            stepper.begin_with(initial.weights, job.init)
+        return None
+    found = found or checkpoints.read(name)
+    stepper.restore(found.weights, found.optimizer, name)
+    return found
+
+
+def _train(worker: _Worker, state: TrainState) -> None:
+    job, session, stepper, config = worker.job, worker.session, worker.stepper, worker.job.recipe.train
     open_stream = partial(
         PatchStream,
         job.store,
         job.manifest,
-        config=recipe.stream,
-        global_batch=recipe.train.global_batch,
+        config=job.recipe.stream,
+        global_batch=config.global_batch,
         rank=session.rank,
         world_size=session.world_size,
     )
-    began = time.monotonic() - state.seconds
-    with open_stream(split="train", seed=recipe.train.seed, first_step=state.step) as stream:
+    with open_stream(split="train", seed=config.seed, first_step=state.step) as stream:
         batches = iter(stream)
-        while not state.ended(recipe.train):
-            metrics = _epoch(job, session, stepper, stream, batches, steps, state.epoch)
+        while not state.ended(config):
+            state = _epoch(worker, stream, batches, state)
             with open_stream(split="val", training=False) as val:
                 sums = sum((stepper.validate(stepper.place(batch)) for batch in val), ValSums())
-            metrics |= {"val_dice": sums.dice, "seconds": time.monotonic() - began}
             # Clocks differ between ranks; all must stop after the same epoch.
-            metrics = session.share(metrics)
-            state = _advance(state, steps, metrics)
-            if session.rank == 0:
-                _write(job, checkpoints, stepper, state)
-            session.report(metrics)
+            state = _advance(config, state, session.share(_metrics(worker, state, sums)))
+            if worker.recorder:
+                worker.recorder.epoch(state, *worker.arrays())
+                if session.settled:
+                    worker.recorder.wait()
+            session.report(state.metrics)
 
 
-def _restore(job: Job, session: Session, checkpoints: Checkpoints, stepper: Stepper) -> TrainState:
-    """The state to go on from. Rank 0 chooses, so that all ranks restore the same checkpoint."""
-    found = checkpoints.newest(job.attempt) if session.rank == 0 else None
-    name = session.share(found.name if found else None)
-    if name is None:
-        recipe = job.recipe.model_dump(mode="json")
-        return TrainState(job.attempt, 0, 0, job.manifest.sha256, recipe, -1.0, 0, 0.0)
-    found = found or checkpoints.read(name)
-    stepper.restore(found.weights, found.optimizer, name)
-    if session.rank == 0:
-        # Whoever was killed between committing its best checkpoint and publishing it left this undone.
-        _publish(job, checkpoints, stepper, found.state, name)
-    return replace(found.state, recipe=job.recipe.model_dump(mode="json"))
-
-
-def _epoch(
-    job: Job,
-    session: Session,
-    stepper: Stepper,
-    stream: PatchStream,
-    batches: Any,
-    steps: int,
-    epoch: int,
-) -> dict[str, float]:
-    """Train `steps` steps; the epoch's means. Fetches the loss only every few steps: each fetch waits for
-    the device."""
-    every = job.recipe.train.log_every_steps
-    labels = (job.root, "", str(session.rank))
+def _epoch(worker: _Worker, stream: PatchStream, batches: Iterator[Batch], state: TrainState) -> TrainState:
+    """Train what is left of an epoch. Fetches the loss only every few steps: each fetch waits for the
+    device."""
+    every, steps = worker.job.recipe.train.log_every_steps, worker.steps_per_epoch
+    stepper, labels = worker.stepper, (worker.job.root, "", str(worker.session.rank))
     losses: list[tf.Tensor] = []
     waited, began = stream.waited_seconds, time.monotonic()
-    for number in range(1, steps + 1):
+
+    def so_far() -> TrainState:
+        return replace(
+            state,
+            step=state.step + len(losses),
+            losses=state.losses + [float(loss) for loss in losses],
+            train_seconds=state.train_seconds + time.monotonic() - began,
+            data_wait_seconds=state.data_wait_seconds + stream.waited_seconds - waited,
+            seconds=worker.seconds(),
+        )
+
+    for number in range(len(state.losses) + 1, steps + 1):
         start = time.monotonic()
         losses.append(stepper.train(stepper.place(next(batches))).loss)
         STEP_SECONDS.labels(*labels).observe(time.monotonic() - start)
-        if number % every == 0 or number == steps:
+        synced = number % every == 0 or number == steps
+        if synced:
             recent = float(losses[-1])
             if not math.isfinite(recent):
-                raise _diverged(job, epoch + 1, number)
-            if session.rank == 0:
-                pace = (time.monotonic() - began) / number
+                raise diverged(worker.job.root, state.epoch + 1, number)
+            if worker.recorder:
+                pace = (time.monotonic() - began) / len(losses)
                 _log.info(
-                    "epoch %d, step %d/%d: loss %.4f, %.2f s a step", epoch + 1, number, steps, recent, pace
-                )
-    loss = float(tf.reduce_mean(tf.stack(losses)))
-    waited = stream.waited_seconds - waited
-    PATCHES.labels(*labels).inc(steps * job.recipe.train.global_batch // session.world_size)
-    DATA_WAIT_SECONDS.labels(*labels).inc(waited)
-    TRAIN_LOSS.labels(*labels).set(loss)
+                    "epoch %d, step %d/%d: loss %.4f, %.2f s a step",
+                    state.epoch + 1, number, steps, recent, pace,
+                )  # fmt: skip
+        if _asked_to_leave(worker, synced):
+            _leave(worker, so_far())
+    PATCHES.labels(*labels).inc(
+        len(losses) * worker.job.recipe.train.global_batch // worker.session.world_size
+    )
+    DATA_WAIT_SECONDS.labels(*labels).inc(stream.waited_seconds - waited)
+    return so_far()
+
+
+def _asked_to_leave(worker: _Worker, synced: bool) -> bool:
+    """Whether any rank was. Several ranks ask each other only where they wait for the device anyway, and
+    all at the same step."""
+    session = worker.session
+    if session.world_size == 1 or not synced:
+        return session.world_size == 1 and session.asked()
+    mine = tf.constant(float(session.asked()))
+    return float(_sum_over_ranks(worker.stepper.strategy, mine)) > 0
+
+
+@tf.function
+def _sum_over_ranks(strategy: tf.distribute.Strategy, value: tf.Tensor) -> tf.Tensor:
+    each = strategy.run(tf.identity, (value,))
+    return strategy.reduce(tf.distribute.ReduceOp.SUM, each, axis=None)
+
+
+def _leave(worker: _Worker, state: TrainState) -> NoReturn:
+    """Commit where the run stands, within an epoch or not, and end this group of workers."""
+    if worker.recorder:
+        worker.recorder.leave(state, *worker.arrays())
+        _log.info("asked to leave: committed step %d", state.step)
+    worker.session.share(None)  # whoever ended before the commit would take rank 0 down
+    worker.session.leave()
+
+
+def _metrics(worker: _Worker, state: TrainState, sums: ValSums) -> dict[str, float]:
+    loss = float(np.mean(state.losses))
+    TRAIN_LOSS.labels(worker.job.root, "", str(worker.session.rank)).set(loss)
     return {
-        "epoch": epoch + 1,
+        "epoch": state.epoch + 1,
         "loss": loss,
-        "train_seconds": time.monotonic() - began,
-        "data_wait_seconds": waited,
+        "val_dice": sums.dice,
+        "learning_rate": worker.stepper.learning_rate(state.step),
+        "train_seconds": state.train_seconds,
+        "data_wait_seconds": state.data_wait_seconds,
+        "seconds": worker.seconds(),
     }
 
 
-def _advance(state: TrainState, steps: int, metrics: dict[str, float]) -> TrainState:
-    gained = metrics["val_dice"] > state.best_val_dice
+def _advance(config: TrainConfig, state: TrainState, metrics: dict[str, float]) -> TrainState:
+    """The state after an epoch. As in Keras' EarlyStopping, what counts as the best to be beaten moves only
+    with a gain of more than `min_delta`."""
+    gained = metrics["val_dice"] - config.min_delta > state.best_val_dice
     return replace(
         state,
-        step=state.step + steps,
         epoch=state.epoch + 1,
-        best_val_dice=max(state.best_val_dice, metrics["val_dice"]),
+        best_val_dice=metrics["val_dice"] if gained else state.best_val_dice,
         epochs_without_gain=0 if gained else state.epochs_without_gain + 1,
         seconds=metrics["seconds"],
         metrics=metrics,
+        losses=[],
+        train_seconds=0.0,
+        data_wait_seconds=0.0,
     )
-
-
-def _write(job: Job, checkpoints: Checkpoints, stepper: Stepper, state: TrainState) -> None:
-    """Rank 0 after an epoch: the metrics line, the checkpoint, the best pointer, then retention."""
-    val_dice, better = state.metrics["val_dice"], False
-    VAL_DICE.labels(job.root, "", "0").set(val_dice)
-    weights, optimizer = stepper.weights(), stepper.training_state()
-    if not all(np.isfinite(array).all() for array in weights.values()):
-        raise _diverged(job, state.epoch, state.step)  # a resume from such weights would be stuck for ever
-    _append_metrics(job, state)
-    due = state.ended(job.recipe.train) or state.epoch % job.recipe.checkpoint.every_epochs == 0
-    if due or _beats(val_dice, checkpoints.best()):
-        name = checkpoints.commit(state, weights, optimizer)
-        better = _publish(job, checkpoints, stepper, state, name)
-        checkpoints.retain(job.attempt, job.recipe.checkpoint)
-    _log.info(
-        "epoch %d: loss %.4f, val Dice %.4f%s, %.0f s, %.1f of them waiting for data",
-        state.epoch, state.metrics["loss"], val_dice, " (best)" if better else "",
-        state.metrics["train_seconds"], state.metrics["data_wait_seconds"],
-    )  # fmt: skip
-
-
-def _publish(job: Job, checkpoints: Checkpoints, stepper: Stepper, state: TrainState, name: str) -> bool:
-    """Make a committed checkpoint the best of the run if it is, and say whether."""
-    better = _beats(state.metrics["val_dice"], checkpoints.best())
-    if better:
-        checkpoints.publish_best(name, state, export_model(stepper.model, job.recipe.model))
-    return better
-
-
-def _beats(val_dice: float, best: dict[str, Any] | None) -> bool:
-    return best is None or val_dice > best["val_dice"]
-
-
-def _diverged(job: Job, epoch: int, step: int) -> RunError:
-    remedy = "lower optimizer.learning_rate or optimizer.clip_norm, then --resume"
-    return RunError("loss-not-finite", run=job.root, epoch=epoch, step=step, remedy=remedy)
-
-
-def _append_metrics(job: Job, state: TrainState) -> None:
-    """One line an epoch; lines that a resumed run trains again are replaced."""
-    key = f"{job.root}/metrics.jsonl"
-    old = job.store.get(key).decode().splitlines() if job.store.exists(key) else []
-    lines = [json.loads(line) for line in old]
-    kept = [ln for ln in lines if ln["attempt"] != job.attempt or ln["epoch"] < state.epoch]
-    kept.append({"attempt": job.attempt, "step": state.step, **state.metrics, "epoch": state.epoch})
-    job.store.put(key, "".join(json.dumps(line) + "\n" for line in kept).encode())

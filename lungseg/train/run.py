@@ -24,7 +24,8 @@ Kind = Literal["train", "tune"]
 
 @dataclass(frozen=True)
 class Run:
-    """run.json: what a run trains on and how. `attempt` tells checkpoints of a `--new` from older ones."""
+    """run.json: what a run trains on and how. `attempt` tells checkpoints of a `--new` from older ones;
+    `init` is the checkpoint of another run ("run/checkpoint") that it began with."""
 
     name: str
     attempt: str
@@ -34,11 +35,15 @@ class Run:
     versions: dict[str, str]
     created: str
     kind: Kind = "train"
+    init: str = ""
 
     def fits(self, manifest: Manifest, recipe: Recipe, kind: Kind) -> bool:
-        """Whether a checkpoint of this run can be trained on with that data and network."""
-        network = recipe.model.model_dump(mode="json")
-        return (self.kind, self.manifest_sha256, self.recipe["model"]) == (kind, manifest.sha256, network)
+        """Whether a checkpoint of this run can be trained on: with the same network, and in the same order
+        of patches, which counts in global batches and is drawn from the seed."""
+        network, train = recipe.model.model_dump(mode="json"), self.recipe["train"]
+        return (kind, manifest.sha256, network, recipe.train.global_batch, recipe.train.seed) == (
+            self.kind, self.manifest_sha256, self.recipe["model"], train["global_batch"], train["seed"],
+        )  # fmt: skip
 
 
 def run_root(name: str) -> str:
@@ -51,12 +56,12 @@ def open_run(
     """Claim a name ("fresh"), continue it ("resume", which starts it if need be) or begin it anew ("new",
     which keeps older checkpoints and the best over all attempts).
 
-    Raises what `check_fit` raises; RunError("run-exists") for "fresh" on a taken name;
-    RunError("run-differs") for "resume" with another network or other data, since the checkpoint would
-    not fit.
+    Raises what `check_fit` and `initial_checkpoint` raise; RunError("run-exists") for "fresh" on a taken
+    name; RunError("run-differs") for "resume" where the run does not fit (see Run.fits).
     """
     check_fit(manifest, recipe)
     key = f"{run_root(name)}/run.json"
+    going_on = mode == "resume" and run_exists(store, name)
     now = datetime.now(UTC)
     run = Run(
         name=name,
@@ -67,6 +72,7 @@ def open_run(
         versions=_versions(),
         created=now.isoformat(timespec="seconds"),
         kind=kind,
+        init="" if going_on else initial_checkpoint(store, recipe),
     )
     if store.put_if_absent(key, to_json(asdict(run))):
         return run
@@ -75,9 +81,16 @@ def open_run(
     if mode == "resume":
         old = load_run(store, name)
         if not old.fits(manifest, recipe, kind):
-            remedy = "give the same --data and network as before, or begin anew with --new"
-            raise RunError("run-differs", run=name, message="other data, network or verb", remedy=remedy)
-        run = Run(**{**asdict(run), "attempt": old.attempt, "created": old.created})
+            was = old.recipe["train"]
+            raise RunError(
+                "run-differs",
+                run=name,
+                message="other data, network, verb, train.global_batch or train.seed",
+                remedy=f"give the same --data, network, train.global_batch={was['global_batch']} and "
+                f"train.seed={was['seed']} as before, or begin anew with --new",
+            )
+        kept = {"attempt": old.attempt, "created": old.created, "init": old.init}
+        run = Run(**{**asdict(run), **kept})
     store.put(key, to_json(asdict(run)))
     return run
 
@@ -100,6 +113,22 @@ def check_fit(manifest: Manifest, recipe: Recipe) -> None:
     else:
         return
     raise ConfigError("patch-shape", patch_shape_zyx=sides, message=message, remedy=remedy)
+
+
+def initial_checkpoint(store: Store, recipe: Recipe) -> str:
+    """The checkpoint ("run/checkpoint") that `train.init_from` names, or "".
+
+    Raises RunError("run-missing", "no-checkpoint", "init-differs").
+    """
+    source = recipe.train.init_from
+    if not source:
+        return ""
+    load_run(store, source)
+    best = Checkpoints(store, run_root(source)).read_best()
+    if best.state.recipe["model"] != recipe.model.model_dump(mode="json"):
+        remedy = "give the same model settings as that run, or choose another train.init_from"
+        raise RunError("init-differs", init_from=source, message="another network", remedy=remedy)
+    return f"{source}/{best.name}"
 
 
 def refuse_taken(store: Store, name: str, mode: Mode) -> None:

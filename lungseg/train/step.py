@@ -24,6 +24,8 @@ from lungseg.train.optimizer import Schedule, make_optimizer
 
 _TRAINED = "trained/"
 """Before the paths of the weights in training, where the averaged ones are saved under their own paths."""
+_RANDOM = "random/"
+"""Before the numbers of generators of random numbers."""
 
 
 @dataclass(frozen=True)
@@ -121,21 +123,35 @@ class Stepper:
         return arrays(self.model.weights)
 
     def training_state(self) -> dict[str, np.ndarray]:
-        """What training needs besides to go on: the optimiser, and the weights behind their average."""
+        """What training needs besides to go on: the optimiser, the weights behind their average, and the
+        generators that dropout draws from."""
         averaged = self.model is not self._trained
         trained = arrays(self._trained.weights) if averaged else {}
-        return arrays(self.optimizer.variables) | {_TRAINED + path: a for path, a in trained.items()}
+        random = {f"{_RANDOM}{number}": one.numpy() for number, one in enumerate(self._generators())}
+        return arrays(self.optimizer.variables) | {_TRAINED + path: a for path, a in trained.items()} | random
+
+    def _generators(self) -> list[Any]:
+        """Without names: Keras numbers them anew in every network that a process builds."""
+        weights = {id(variable) for variable in self._trained.weights}
+        return [variable for variable in self._trained.variables if id(variable) not in weights]
+
+    def begin_with(self, weights: Mapping[str, np.ndarray], checkpoint: str) -> None:
+        """Take another run's weights, and nothing else. Raises RunError("checkpoint-mismatch")."""
+        assign(self.model.weights, weights, checkpoint)
+        assign(self._trained.weights, weights, checkpoint)
 
     def restore(
         self, weights: Mapping[str, np.ndarray], training_state: Mapping[str, np.ndarray], checkpoint: str
     ) -> None:
         """Raises RunError("checkpoint-mismatch")."""
         behind = {k.removeprefix(_TRAINED): a for k, a in training_state.items() if k.startswith(_TRAINED)}
-        optimizer = {k: a for k, a in training_state.items() if not k.startswith(_TRAINED)}
+        optimizer = {k: a for k, a in training_state.items() if not k.startswith((_TRAINED, _RANDOM))}
         assign(self.model.weights, weights, checkpoint)
         assign(self.optimizer.variables, optimizer, checkpoint)
         if self.model is not self._trained:
             assign(self._trained.weights, behind, checkpoint)
+        for number, generator in enumerate(self._generators()):
+            generator.assign(training_state[f"{_RANDOM}{number}"])
 
     @tf.function
     def _train(self, image: Any, mask: Any, rows: Any, step: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -113,6 +115,79 @@ def test_without_its_manifest_a_checkpoint_does_not_exist(checkpoints: Checkpoin
     assert [entry.name for entry in checkpoints.committed("a1")] == [name]
     damage(checkpoints.store, f"runs/r/checkpoints/{name}/manifest.json", "missing")
     assert checkpoints.committed("a1") == []
+
+
+DYING = """
+import os, signal, sys
+from pathlib import Path
+from dataclasses import replace
+import numpy as np
+from lungseg.config import CheckpointConfig
+from lungseg.storage import FolderStore
+from lungseg.train.checkpoint import Checkpoints, TrainState
+
+class Dying(FolderStore):
+    left = 1 << 30
+
+    def _tick(self):
+        self.left -= 1
+        if not self.left:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def put(self, key, data):
+        self._tick()
+        super().put(key, data)
+
+    def put_if_absent(self, key, data):
+        self._tick()
+        return super().put_if_absent(key, data)
+
+    def delete(self, keys):
+        for key in keys:
+            self._tick()
+            super().delete([key])
+
+def epoch(store, number):
+    found = Checkpoints(store, "runs/r")
+    state = TrainState("a1", number, number, "ff", {}, metrics={"val_dice": number / 10})
+    name = found.commit(state, {"w": np.full(9, number)}, {"m": np.full(9, -number)})
+    found.publish_best(name, state, b"model %d" % number)
+    found.retain("a1", CheckpointConfig(keep_latest=1, keep_best=1))
+
+for moment in range(1, 100):
+    store = Dying(Path(sys.argv[1]) / str(moment))
+    epoch(store, 1)
+    child = os.fork()
+    if not child:
+        store.left = moment
+        epoch(store, 2)
+        os._exit(0)
+    if os.waitpid(child, 0)[1] == 0:
+        break
+print(moment)
+"""
+
+
+def test_a_writer_killed_between_any_two_writes_leaves_a_checkpoint_and_a_best_that_verify(
+    tmp_path: Path,
+) -> None:
+    """The second epoch is written by a process that kills itself before its n-th write, for every n."""
+    done = subprocess.run([sys.executable, "-c", DYING, tmp_path], capture_output=True, text=True, check=True)
+    moments = int(done.stdout)
+    assert moments == 11  # 4 files of the checkpoint, 2 of the best, 4 of the deleted one; and once unharmed
+    for moment in range(1, moments + 1):
+        checkpoints = Checkpoints(open_store(tmp_path / str(moment)), "runs/r")
+        found = checkpoints.newest("a1")
+        assert found is not None
+        assert found.state.step == (1 if moment <= 4 else 2)
+        assert (found.weights["w"] == found.state.step).all()
+        assert (found.optimizer["m"] == -found.state.step).all()
+        best = checkpoints.read_best()
+        assert best.state.step == (1 if moment <= 6 else 2)
+        # Killed between its two files, the new network and the old pointer do not fit, which pull notices;
+        # the next start publishes both.
+        network = checkpoints.store.get("runs/r/best/model.keras")
+        assert network == (b"model 1" if moment <= 5 else b"model 2")
 
 
 def test_two_writers_of_one_step_keep_out_of_each_others_files(checkpoints: Checkpoints) -> None:

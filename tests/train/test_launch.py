@@ -9,11 +9,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from random import Random
 from typing import Any
 
+import numpy as np
 import pytest
 
 from lungseg.config import load_recipe
@@ -40,27 +42,39 @@ def train_workers() -> set[int]:
     return found
 
 
+Moment = tuple[Callable[[set[str]], bool], signal.Signals]
+"""What must be among the keys that the run has written so far, and the signal that its worker then gets."""
+
+
 @contextmanager
-def worker_killed_after_first_checkpoint(balls: Any, run: str) -> Iterator[list[int]]:
-    """Yields a list that gets the pid of the worker that was killed."""
-    killed: list[int] = []
+def worker_signalled(balls: Any, run: str, moments: Sequence[Moment]) -> Iterator[list[int]]:
+    """Yields a list that gets the pid of each worker that was sent a signal; each one gets but one."""
+    hit: list[int] = []
     over = threading.Event()
 
     def watch() -> None:
-        while not over.wait(0.02):
-            if manifests(balls, run):
-                (pid,) = train_workers()
-                os.kill(pid, signal.SIGKILL)
-                killed.append(pid)
-                return
+        seen: set[str] = set()
+        for due, kind in moments:
+            while not (due(seen) and train_workers() - set(hit)):
+                if over.wait(0.02):
+                    return
+                seen.update(item.key for item in balls.store.find(f"runs/{run}/"))
+            pid = max(train_workers() - set(hit))
+            os.kill(pid, kind)
+            hit.append(pid)
 
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
-        yield killed
+        yield hit
     finally:
         over.set()
         watcher.join()
+
+
+def claimed(number: int) -> Callable[[set[str]], bool]:
+    """A group of workers has started, and has no step yet."""
+    return lambda keys: any(key.endswith(f"claims/{number:06d}.json") for key in keys)
 
 
 def assert_same_end(balls: Any, run: str, undisturbed: str) -> None:
@@ -71,17 +85,133 @@ def assert_same_end(balls: Any, run: str, undisturbed: str) -> None:
         wanted, got = getattr(expected, part), getattr(found, part)
         assert wanted.keys() == got.keys()
         assert [path for path in wanted if wanted[path].tobytes() != got[path].tobytes()] == []
-    lines = [json.loads(line) for line in balls.store.get(f"runs/{run}/metrics.jsonl").decode().splitlines()]
-    assert [line["epoch"] for line in lines] == [1, 2, 3, 4]
+    assert [line["epoch"] for line in lines(balls, run)] == [1, 2, 3, 4]
+    losses = [[line["loss"] for line in lines(balls, name)] for name in (run, undisturbed)]
+    assert losses[0] == losses[1]
+
+
+def lines(balls: Any, run: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in balls.store.get(f"runs/{run}/metrics.jsonl").decode().splitlines()]
 
 
 @pytest.mark.slow
-def test_a_killed_worker_is_restarted_and_ends_as_if_nothing_had_been(balls: Any, undisturbed: str) -> None:
-    with worker_killed_after_first_checkpoint(balls, "killed-worker") as killed:
-        best = balls.train("killed-worker", "train.max_failures=1")
-    assert len(killed) == 1
+def test_a_worker_that_is_asked_to_leave_and_killed_again_and_again_ends_as_if_nothing_had_been(
+    balls: Any, undisturbed: str
+) -> None:
+    """Asked before its first step it leaves after it; then a seed says after how many files it is killed."""
+    random = Random(1)
+    moments: list[Moment] = [(claimed(1), signal.SIGTERM)]
+    for after in sorted(random.sample(range(6, 24), 2)):
+        moments.append((lambda keys, after=after: len(keys) >= after, signal.SIGKILL))
+    with worker_signalled(balls, "killed-worker", moments) as hit:
+        best = balls.train("killed-worker", "train.max_failures=3")
+    assert len(hit) == len(set(hit)) == 3
     assert best["val_dice"] == pytest.approx(0.5, abs=0.5)
+    assert "committed step 1\n" in balls.store.get("runs/killed-worker/log.txt").decode()
     assert_same_end(balls, "killed-worker", undisturbed)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_two_workers_and_then_with_one_again_within_an_epoch(
+    balls: Any, undisturbed: str
+) -> None:
+    """One of two workers is asked; both leave at the fourth step, where they wait for the device."""
+    run, settings = "elastic", ("train.max_failures=0", "train.log_every_steps=4")
+    steps = []
+    for number, workers in ((1, 1), (2, 2)):
+        with (
+            worker_signalled(balls, run, [(claimed(number), signal.SIGTERM)]) as hit,
+            pytest.raises(RunError, match="worker-asked-to-leave") as caught,
+        ):
+            balls.train(run, f"train.workers={workers}", *settings, mode="resume")
+        assert len(hit) == 1
+        assert "--resume" in caught.value.remedy
+        steps.append(balls.final(run).state.step)
+    assert steps == [1, 4]
+    balls.train(run, *settings, mode="resume")
+    expected, found = balls.final(undisturbed), balls.final(run)
+    assert found.state.step == expected.state.step == 24
+    for path, array in expected.weights.items():
+        np.testing.assert_allclose(found.weights[path], array, rtol=0, atol=2e-5, err_msg=path)
+    losses = [[line["loss"] for line in lines(balls, name)] for name in (run, undisturbed)]
+    # So each epoch had the same patches: other ones would have another loss.
+    np.testing.assert_allclose(*losses, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_run_outlives_the_node_of_its_worker(balls: Any, undisturbed: str, tmp_path: Path) -> None:
+    """The second node has the only core that is free, until it is gone."""
+    there: list[set[int]] = []
+    with second_node(tmp_path) as raylet, head_taken() as release:
+
+        def kill() -> None:
+            while not manifests(balls, "killed-node"):
+                time.sleep(0.02)
+            there.append(train_workers() & {one.pid for one in raylet.children(recursive=True)})
+            raylet.kill()
+            release()
+
+        killer = threading.Thread(target=kill)
+        killer.start()
+        balls.train("killed-node", "train.max_failures=1")
+        killer.join()
+    assert [len(pids) for pids in there] == [1]
+    assert balls.store.exists("runs/killed-node/claims/000002.json")
+    assert_same_end(balls, "killed-node", undisturbed)
+
+
+@contextmanager
+def second_node(folder: Path) -> Iterator[Any]:
+    """The raylet's process of another node, with one core, in the cluster of this session."""
+    import psutil
+    import ray
+
+    address = ray.get_runtime_context().gcs_address
+    command = [
+        "ray",
+        "start",
+        "--block",
+        f"--address={address}",
+        "--node-ip-address=127.0.0.1",
+        "--num-cpus=1",
+    ]
+    command[0] = str(Path(sys.executable).parent / "ray")
+    alive = len([node for node in ray.nodes() if node["Alive"]])
+    with (folder / "node").open("wb") as log:
+        node = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 60
+        while len([node for node in ray.nodes() if node["Alive"]]) == alive:
+            assert time.monotonic() < deadline, (folder / "node").read_text()[-2000:]
+            time.sleep(0.2)
+        (raylet,) = [p for p in psutil.Process(node.pid).children(recursive=True) if p.name() == "raylet"]
+        yield raylet
+    finally:
+        os.killpg(node.pid, signal.SIGKILL)
+        node.wait()
+
+
+@contextmanager
+def head_taken() -> Iterator[Callable[[], None]]:
+    """All cores of this node are busy until the function that it yields is called."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = ray.get_runtime_context().get_node_id()
+    (node,) = [node for node in ray.nodes() if node["NodeID"] == here]
+    where = NodeAffinitySchedulingStrategy(here, soft=False)
+
+    class Holder:
+        def ready(self) -> bool:
+            return True
+
+    cores = node["Resources"]["CPU"]
+    holder = ray.remote(Holder).options(num_cpus=cores, scheduling_strategy=where).remote()
+    assert ray.get(holder.ready.remote(), timeout=60)
+    try:
+        yield lambda: ray.kill(holder)
+    finally:
+        ray.kill(holder)
 
 
 @pytest.mark.slow

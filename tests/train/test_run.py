@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -76,16 +77,59 @@ def test_resume_keeps_the_attempt_and_may_train_longer_and_otherwise(
     assert parse_recipe(load_run(store, "r").recipe) == longer
 
 
-@pytest.mark.parametrize("what", ["network", "data", "verb"])
+def test_of_two_commands_that_start_one_name_at_once_exactly_one_gets_it(
+    store: Store, manifest: Manifest
+) -> None:
+    barrier, outcomes = threading.Barrier(2), []
+
+    def start() -> None:
+        barrier.wait()
+        try:
+            outcomes.append(open_run(store, "r", manifest, recipe(), "fresh").attempt)
+        except RunError as error:
+            outcomes.append(error.code)
+
+    threads = [threading.Thread(target=start) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert "run-exists" in outcomes
+    assert load_run(store, "r").attempt in outcomes
+
+
+def test_a_run_that_begins_with_anothers_weights_names_their_checkpoint_and_keeps_to_it(
+    store: Store, manifest: Manifest
+) -> None:
+    with pytest.raises(RunError, match="run-missing"):
+        open_run(store, "r", manifest, recipe("train.init_from=teacher"), "fresh")
+    open_run(store, "teacher", manifest, recipe(), "fresh")
+    with pytest.raises(RunError, match="no-checkpoint"):
+        open_run(store, "r", manifest, recipe("train.init_from=teacher"), "fresh")
+    taught = finish_an_epoch(store, "teacher")
+    with pytest.raises(RunError, match="init-differs") as caught:
+        open_run(store, "r", manifest, recipe("train.init_from=teacher", "model.width=4"), "fresh")
+    assert "model settings" in caught.value.remedy
+    assert not store.exists("runs/r/run.json")
+    began = open_run(store, "r", manifest, recipe("train.init_from=teacher"), "fresh")
+    assert began.init == f"teacher/{taught}"
+    finish_an_epoch(store, "teacher", 0.9)  # which is the teacher's best from now on
+    resumed = open_run(store, "r", manifest, recipe("train.init_from=teacher"), "resume")
+    assert load_run(store, "r").init == resumed.init == began.init
+
+
+@pytest.mark.parametrize("what", ["network", "data", "verb", "batch", "seed"])
 def test_resume_with_what_does_not_fit_is_refused_and_changes_nothing(
     store: Store, manifest: Manifest, what: str
 ) -> None:
     before = open_run(store, "r", manifest, recipe(), "fresh")
     other = replace(manifest, sha256="0" * 64) if what == "data" else manifest
-    network = recipe("model.width=8") if what == "network" else recipe()
+    change = {"network": "model.width=8", "batch": "train.global_batch=2", "seed": "train.seed=1"}
+    network = recipe(change.get(what, "train.epochs=9"))
     with pytest.raises(RunError, match="run-differs") as caught:
         open_run(store, "r", other, network, "resume", "tune" if what == "verb" else "train")
     assert "--new" in caught.value.remedy
+    assert "train.global_batch=4 and train.seed=0" in caught.value.remedy
     assert load_run(store, "r") == before
 
 
