@@ -8,14 +8,16 @@ import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from lungseg.cluster import connect
 from lungseg.config import Recipe
 from lungseg.data.shards import Manifest, load_manifest
 from lungseg.errors import ConfigError, LungsegError, StorageError
+from lungseg.exporter import Source, count_restart, pushing, start_exporter
 from lungseg.storage import Store
-from lungseg.telemetry import log, quiet_tensorflow
+from lungseg.telemetry import GROUP_METRICS, WORKER_METRICS, log, quiet_tensorflow
 from lungseg.train.checkpoint import Checkpoints
 from lungseg.train.run import Mode, load_run, open_run, refuse_taken, run_exists, run_root
 
@@ -70,12 +72,17 @@ def fit(
     resources: dict[str, float] = {"CPU": cpus}
     if recipe.train.gpus_per_worker:
         resources["GPU"] = recipe.train.gpus_per_worker
-    with tempfile.TemporaryDirectory(prefix="lungseg-ray-", ignore_cleanup_errors=True) as scratch:
+    exporter, source = start_exporter(recipe.telemetry), _source(root)
+    with (
+        tempfile.TemporaryDirectory(prefix="lungseg-ray-", ignore_cleanup_errors=True) as scratch,
+        pushing(exporter, source, GROUP_METRICS, recipe.telemetry.push_seconds),
+    ):
         trainer = TensorflowTrainer(
             _worker,
             train_loop_config={
                 "job": (store, root, attempt, manifest, recipe.model_dump(mode="json")),
                 "threads": cpus,
+                "metrics": (exporter, source),
             },
             scaling_config=ScalingConfig(
                 num_workers=recipe.train.workers,
@@ -88,7 +95,7 @@ def fit(
                 name="train",
                 storage_path=scratch,
                 failure_config=FailureConfig(max_failures=recipe.train.max_failures),
-                callbacks=[_watcher(), *callbacks],
+                callbacks=[_watcher(recipe.train.max_failures, exporter, source), *callbacks],
             ),
         )
         try:
@@ -101,12 +108,20 @@ def fit(
             raise
 
 
-def _watcher() -> Any:
-    """A callback of Ray Train that tells why workers failed, and ends the run for what no restart cures:
-    our own errors, but for a store that may come back."""
+def _source(root: str) -> Source:
+    """The labels of the metrics of "runs/NAME" or "runs/NAME/trials/TRIAL"."""
+    run, _, trial = root.removeprefix("runs/").partition("/trials/")
+    return Source(run, trial)
+
+
+def _watcher(max_failures: int, exporter: Any | None, source: Source) -> Any:
+    """A callback of Ray Train that tells why workers failed, counts their restarts, and ends the run for
+    what no restart cures: our own errors, but for a store that may come back."""
     from ray.train import UserCallback
 
     class Watcher(UserCallback):
+        failures = 0
+
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
             for rank, error in worker_exceptions.items():
                 # Of a remote traceback the last line names the error.
@@ -114,6 +129,9 @@ def _watcher() -> Any:
                 ours = LungsegError.find_in(error)
                 if ours and not isinstance(ours, StorageError):
                     raise ours
+            self.failures += 1
+            if self.failures <= max_failures:
+                count_restart(exporter, source)
 
     return Watcher()
 
@@ -164,12 +182,21 @@ def _worker(config: dict[str, Any]) -> None:
 
     context = ray.train.get_context()
     group = ray.get_runtime_context().get_placement_group_id()  # of all workers; tuning frees it
-    store, root, attempt, manifest, recipe = config["job"]
-    session = Session(
-        rank=context.get_world_rank(),
-        world_size=context.get_world_size(),
-        threads=config["threads"],
-        share=broadcast_from_rank_zero,
-        report=lambda metrics: ray.train.report({**metrics, "placement_group": group}),
-    )
-    run_worker(Job(store, root, attempt, manifest, parse_recipe(recipe)), session)
+    store, root, attempt, manifest, tree = config["job"]
+    recipe, rank = parse_recipe(tree), context.get_world_rank()
+    exporter, source = config["metrics"]
+    source = replace(source, rank=str(rank))
+    with pushing(exporter, source, WORKER_METRICS, recipe.telemetry.push_seconds) as push:
+
+        def report(metrics: dict[str, float]) -> None:
+            push()
+            ray.train.report({**metrics, "placement_group": group})
+
+        session = Session(
+            rank=rank,
+            world_size=context.get_world_size(),
+            threads=config["threads"],
+            share=broadcast_from_rank_zero,
+            report=report,
+        )
+        run_worker(Job(store, root, attempt, manifest, recipe), session)

@@ -23,7 +23,7 @@ from lungseg.data.shards import Manifest
 from lungseg.data.stream import PatchStream
 from lungseg.errors import RunError
 from lungseg.storage import Store
-from lungseg.telemetry import DATA_WAIT_SECONDS, PATCHES, STEP_SECONDS, TRAIN_LOSS, VAL_DICE, log
+from lungseg.telemetry import VAL_DICE, count_step, log, show_step
 from lungseg.train.checkpoint import Checkpoints, TrainState
 from lungseg.train.export import export_model
 from lungseg.train.step import Stepper, ValSums
@@ -126,32 +126,30 @@ def _epoch(
     """Train `steps` steps; the epoch's means. Fetches the loss only every few steps: each fetch waits for
     the device."""
     every = job.recipe.train.log_every_steps
-    labels = (job.root, "", str(session.rank))
     losses: list[tf.Tensor] = []
     waited, began = stream.waited_seconds, time.monotonic()
     for number in range(1, steps + 1):
         start = time.monotonic()
-        losses.append(stepper.train(stepper.place(next(batches))).loss)
-        STEP_SECONDS.labels(*labels).observe(time.monotonic() - start)
+        batch = next(batches)
+        arrived = time.monotonic()
+        measured = stepper.train(stepper.place(batch))
+        losses.append(measured.loss)
         if number % every == 0 or number == steps:
             recent = float(losses[-1])
             if not math.isfinite(recent):
                 raise _diverged(job, epoch + 1, number)
+            show_step(recent, stepper.learning_rate(batch.step), float(measured.gradient_norm))
             if session.rank == 0:
                 pace = (time.monotonic() - began) / number
                 _log.info(
                     "epoch %d, step %d/%d: loss %.4f, %.2f s a step", epoch + 1, number, steps, recent, pace
                 )
-    loss = float(tf.reduce_mean(tf.stack(losses)))
-    waited = stream.waited_seconds - waited
-    PATCHES.labels(*labels).inc(steps * job.recipe.train.global_batch // session.world_size)
-    DATA_WAIT_SECONDS.labels(*labels).inc(waited)
-    TRAIN_LOSS.labels(*labels).set(loss)
+        count_step(time.monotonic() - start, arrived - start, len(batch.mask))
     return {
         "epoch": epoch + 1,
-        "loss": loss,
+        "loss": float(tf.reduce_mean(tf.stack(losses))),
         "train_seconds": time.monotonic() - began,
-        "data_wait_seconds": waited,
+        "data_wait_seconds": stream.waited_seconds - waited,
     }
 
 
@@ -171,7 +169,7 @@ def _advance(state: TrainState, steps: int, metrics: dict[str, float]) -> TrainS
 def _write(job: Job, checkpoints: Checkpoints, stepper: Stepper, state: TrainState) -> None:
     """Rank 0 after an epoch: the metrics line, the checkpoint, the best pointer, then retention."""
     val_dice, better = state.metrics["val_dice"], False
-    VAL_DICE.labels(job.root, "", "0").set(val_dice)
+    VAL_DICE.set(val_dice)
     weights, optimizer = stepper.weights(), stepper.training_state()
     if not all(np.isfinite(array).all() for array in weights.values()):
         raise _diverged(job, state.epoch, state.step)  # a resume from such weights would be stuck for ever

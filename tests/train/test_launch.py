@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from scraping import Endpoint
 
 from lungseg.config import load_recipe
 from lungseg.errors import ConfigError, RunError
@@ -75,11 +76,32 @@ def assert_same_end(balls: Any, run: str, undisturbed: str) -> None:
     assert [line["epoch"] for line in lines] == [1, 2, 3, 4]
 
 
+def assert_endpoint_tells(balls: Any, run: str, endpoint: Endpoint) -> None:
+    """Of a run of 4 epochs of 6 steps whose worker was killed after its first checkpoint: what the first
+    worker counted is added to what the second one did, but for its last moments."""
+    found = endpoint.scrape()
+    worker = {name: value for (name, *labels), value in found.items() if labels == [run, "", "0"]}
+    last = balls.final(run).state
+    assert found["lungseg_restarts_total", run, "", ""] == 1
+    assert worker["lungseg_val_dice"] == last.metrics["val_dice"]
+    assert 18 <= worker["lungseg_step_seconds_count"] <= 30
+    assert worker["lungseg_patches_total"] == 4 * worker["lungseg_step_seconds_count"]
+    assert worker["lungseg_step_seconds_sum"] > worker["lungseg_data_wait_seconds_total"] > 0
+    assert 3 <= worker["lungseg_checkpoint_seconds_count"] <= 5
+    assert worker["lungseg_checkpoint_bytes_total"] > 3 * 1000
+    assert 0 <= worker["lungseg_learning_rate"] < 0.01  # the cosine's end
+    assert 0 < worker["lungseg_train_loss"] < 2
+    assert worker["lungseg_stream_patches_total"] > worker["lungseg_patches_total"]
+
+
 @pytest.mark.slow
-def test_a_killed_worker_is_restarted_and_ends_as_if_nothing_had_been(balls: Any, undisturbed: str) -> None:
+def test_a_killed_worker_is_restarted_and_ends_as_if_nothing_had_been(
+    balls: Any, undisturbed: str, endpoint: Endpoint
+) -> None:
     with worker_killed_after_first_checkpoint(balls, "killed-worker") as killed:
-        best = balls.train("killed-worker", "train.max_failures=1")
+        best = balls.train("killed-worker", "train.max_failures=1", *endpoint.settings)
     assert len(killed) == 1
+    assert_endpoint_tells(balls, "killed-worker", endpoint)
     assert best["val_dice"] == pytest.approx(0.5, abs=0.5)
     assert_same_end(balls, "killed-worker", undisturbed)
 
