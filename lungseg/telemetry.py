@@ -6,36 +6,88 @@ Nothing here ever gets patient data: callers pass counts, seconds and case ids.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from prometheus_client import Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from lungseg.errors import LungsegError
 
-LABELS = ("run", "trial", "rank")
-STEP_SECONDS = Histogram("lungseg_step_seconds", "One training step, all replicas", LABELS)
-DATA_WAIT_SECONDS = Counter("lungseg_data_wait_seconds", "Time the step waited for patches", LABELS)
-CHECKSUM_FAILURES = Counter("lungseg_checksum_failures", "Record batches that came with wrong bytes")
-STREAM_PATCHES = Counter("lungseg_stream_patches", "Patches given to training and validation")
-STREAM_BYTES = Counter("lungseg_stream_bytes", "Bytes of record batches that came from the store")
-STREAM_GETS = Counter("lungseg_stream_gets", "Ranged GETs of record batches, repeated ones too")
-STREAM_RETRIES = Counter("lungseg_stream_retries", "Ranged GETs that repeated one that had failed")
-STREAM_HEDGES = Counter("lungseg_stream_hedges", "Second reads beside one that was slow")
-CACHE_HITS = Counter("lungseg_cache_hits", "Record batches that the node's disk held")
-CACHE_MISSES = Counter("lungseg_cache_misses", "Record batches that it did not hold")
-QUEUE_DEPTH = Gauge("lungseg_stream_queue_depth", "Batches that lay ready when one was asked for")
-STREAM_WAIT_SECONDS = Counter("lungseg_stream_wait_seconds", "Time for which an asked batch was not ready")
-PATCHES = Counter("lungseg_patches", "Patches trained on by this worker", LABELS)
-TRAIN_LOSS = Gauge("lungseg_train_loss", "Mean training loss of the last epoch", LABELS)
-VAL_DICE = Gauge("lungseg_val_dice", "Dice over the validation patches of the last epoch", LABELS)
+WORKER_METRICS = CollectorRegistry()
+"""What each process of a run counts for itself; on export it is labelled by run, trial and rank."""
+GROUP_METRICS = CollectorRegistry()
+"""What is counted for all workers of a run together; on export its rank is empty."""
+
+
+def _counter(name: str, meaning: str, registry: CollectorRegistry = WORKER_METRICS) -> Counter:
+    return Counter(f"lungseg_{name}", meaning, registry=registry)
+
+
+def _gauge(name: str, meaning: str) -> Gauge:
+    """NaN until it is set, and not exported then: a rank that does not validate has no Dice, not 0."""
+    gauge = Gauge(f"lungseg_{name}", meaning, registry=WORKER_METRICS)
+    gauge.set(math.nan)
+    return gauge
+
+
+def _seconds(name: str, meaning: str, buckets: Sequence[float]) -> Histogram:
+    return Histogram(f"lungseg_{name}_seconds", meaning, registry=WORKER_METRICS, buckets=buckets)
+
+
+STEP_SECONDS = _seconds(
+    "step",
+    "One training step, the wait for its patches included",
+    (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60),
+)
+DATA_WAIT_SECONDS = _counter("data_wait_seconds", "Time for which training steps waited for their patches")
+PATCHES = _counter("patches", "Patches trained on by this worker")
+TRAIN_LOSS = _gauge("train_loss", "Training loss of the step that was logged last")
+VAL_DICE = _gauge("val_dice", "Dice over the validation patches after the last epoch; rank 0 only")
+LEARNING_RATE = _gauge("learning_rate", "Learning rate of the step that was logged last")
+GRADIENT_NORM = _gauge("gradient_norm", "Global gradient norm, before clipping, of the step logged last")
+CHECKPOINT_SECONDS = _seconds(
+    "checkpoint", "Writing one checkpoint to the store; rank 0 only", (0.1, 0.5, 1, 2, 5, 10, 30, 60, 300)
+)
+CHECKPOINT_BYTES = _counter("checkpoint_bytes", "Bytes of committed checkpoints; rank 0 only")
+RESTARTS = _counter("restarts", "Restarts of all workers after one had failed; rank empty", GROUP_METRICS)
+CHECKSUM_FAILURES = _counter("checksum_failures", "Record batches that came with wrong bytes")
+STREAM_PATCHES = _counter("stream_patches", "Patches given to training and validation")
+STREAM_BYTES = _counter("stream_bytes", "Bytes of record batches that came from the store")
+STREAM_GETS = _counter("stream_gets", "Ranged GETs of record batches, repeated ones too")
+STREAM_RETRIES = _counter("stream_retries", "Ranged GETs that repeated one that had failed")
+STREAM_HEDGES = _counter("stream_hedges", "Second reads beside one that was slow")
+STREAM_WAIT_SECONDS = _counter("stream_wait_seconds", "Time for which an asked batch was not ready")
+QUEUE_DEPTH = _gauge("stream_queue_depth", "Batches that lay ready when one was asked for")
+CACHE_HITS = _counter("cache_hits", "Record batches that the node's disk held")
+CACHE_MISSES = _counter("cache_misses", "Record batches that it did not hold")
 
 Progress = Callable[[int, int], None]
+
+
+def count_step(seconds: float, waited_seconds: float, patches: int) -> None:
+    """A training step of this worker: its wall time, what of it passed without patches, its own patches."""
+    STEP_SECONDS.observe(seconds)
+    DATA_WAIT_SECONDS.inc(waited_seconds)
+    PATCHES.inc(patches)
+
+
+def show_step(loss: float, learning_rate: float, gradient_norm: float | None = None) -> None:
+    """What is fetched from the device every few steps only."""
+    TRAIN_LOSS.set(loss)
+    LEARNING_RATE.set(learning_rate)
+    if gradient_norm is not None:
+        GRADIENT_NORM.set(gradient_norm)
+
+
+def count_checkpoint(seconds: float, size_bytes: int) -> None:
+    CHECKPOINT_SECONDS.observe(seconds)
+    CHECKPOINT_BYTES.inc(size_bytes)
 
 
 def log(name: str) -> logging.Logger:

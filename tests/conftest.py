@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 from hypothesis import settings
-from servers import BUCKET, REAL_DATA, S3Server, s3_client
+from scraping import Endpoint
+from servers import BUCKET, REAL_DATA, S3Server, free_ports, s3_client
 
 # In CI the same examples each time: a rare one must be found at a desk, not block what it has no part in.
 settings.register_profile("ci", derandomize=True, deadline=None)
@@ -58,3 +59,13 @@ def real_data() -> Path:
     if not REAL_DATA.is_dir():
         pytest.skip(f"real CT is not at {REAL_DATA}: fetch the CT samples that its README lists")
     return REAL_DATA
+
+
+@pytest.fixture(scope="session")
+def endpoint(ray_cluster: Any) -> Endpoint:
+    """Where the metrics of the session's Ray are served: there is one exporter a cluster."""
+    from lungseg.exporter import start_exporter
+
+    found = Endpoint(*free_ports(1))
+    assert start_exporter(found.config) is not None
+    return found

@@ -8,6 +8,7 @@ training.
 from __future__ import annotations
 
 import difflib
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -216,6 +217,23 @@ class TuneConfig(Frozen):
         return self
 
 
+def _cluster_default(name: str, otherwise: str | None = None) -> Any:
+    return lambda: os.environ.get(f"LUNGSEG_{name}", otherwise)
+
+
+class TelemetryConfig(Frozen):
+    """Metrics for Prometheus. Who scrapes them is a matter of the cluster, whose charts set two defaults."""
+
+    metrics_port: int | None = Field(
+        default_factory=_cluster_default("METRICS_PORT"), ge=1, le=65535, description="default: no metrics"
+    )
+    metrics_host: str = Field(
+        default_factory=_cluster_default("METRICS_HOST", "127.0.0.1"), description="address to listen on"
+    )
+    push_seconds: Positive = Field(5.0, description="between two reports of a worker to the endpoint")
+    keep_seconds: Positive = Field(300.0, description="series vanish when nothing was reported for so long")
+
+
 class Recipe(Frozen):
     """The whole tree. Every field has a default, so an empty recipe is a valid one."""
 
@@ -229,6 +247,7 @@ class Recipe(Frozen):
     train: TrainConfig = TrainConfig()
     segment: SegmentConfig = SegmentConfig()
     tune: TuneConfig = TuneConfig()
+    telemetry: TelemetryConfig = Field(default_factory=TelemetryConfig)
 
 
 def load_recipe(path: Path | str | None = None, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
@@ -264,18 +283,12 @@ def parse_recipe(tree: dict[str, Any]) -> Recipe:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
-            raise ConfigError(
-                "field-unknown", field=field, remedy=f"did you mean {_nearest(field)}?"
-            ) from None
+            remedy = f"did you mean {_nearest(field)}?"
+            raise ConfigError("field-unknown", field=field, remedy=remedy) from None
         # pydantic says "Value error, …" for our own validators.
         detail = first["msg"].removeprefix("Value error, ")
-        raise ConfigError(
-            "field-invalid",
-            field=field,
-            value=first["input"] if field else "",
-            message=detail,
-            remedy="correct it",
-        ) from None
+        where = {"field": field, "value": first["input"] if field else ""}
+        raise ConfigError("field-invalid", message=detail, remedy="correct it", **where) from None
 
 
 def field_names(model: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:

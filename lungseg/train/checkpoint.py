@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -20,7 +21,7 @@ from safetensors.numpy import save as safetensors_save
 from lungseg.config import CheckpointConfig, TrainConfig
 from lungseg.errors import LungsegError, RunError
 from lungseg.storage import Store, to_json
-from lungseg.telemetry import log
+from lungseg.telemetry import count_checkpoint, log
 
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
 UNUSABLE = ("checkpoint-corrupt", "object-missing", "object-corrupt", "object-truncated")
@@ -107,6 +108,7 @@ class Checkpoints:
 
         The random part of the name keeps two writers of one run out of each other's files.
         """
+        began = time.monotonic()
         name = f"{state.step:08d}-{secrets.token_hex(4)}"
         files = {
             WEIGHTS: safetensors_save(dict(weights)),
@@ -120,6 +122,7 @@ class Checkpoints:
         manifest = to_json({**body, "sha256": _digest(body)})
         if not self.store.put_if_absent(self._key(name, "manifest.json"), manifest):
             raise RunError("checkpoint-exists", checkpoint=name, remedy="start the run again with --resume")
+        count_checkpoint(time.monotonic() - began, sum(map(len, files.values())))
         return name
 
     def committed(self, attempt: str) -> list[Entry]:

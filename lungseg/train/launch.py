@@ -10,14 +10,16 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NoReturn
 
 from lungseg.cluster import connect
 from lungseg.config import Recipe
 from lungseg.data.shards import Manifest, load_manifest
 from lungseg.errors import ConfigError, LungsegError, RunError, StorageError
+from lungseg.exporter import Source, count_restart, pushing, start_exporter
 from lungseg.storage import Store
-from lungseg.telemetry import log, quiet_tensorflow
+from lungseg.telemetry import GROUP_METRICS, WORKER_METRICS, log, quiet_tensorflow
 from lungseg.train.checkpoint import Checkpoints
 from lungseg.train.notice import heed_sigterm, was_asked
 from lungseg.train.run import Mode, load_run, open_run, refuse_taken, run_exists, run_root
@@ -79,7 +81,11 @@ def fit(
     resources: dict[str, float] = {"CPU": cpus}
     if recipe.train.gpus_per_worker:
         resources["GPU"] = recipe.train.gpus_per_worker
-    with tempfile.TemporaryDirectory(prefix="lungseg-ray-", ignore_cleanup_errors=True) as scratch:
+    exporter, source = start_exporter(recipe.telemetry), _source(root)
+    with (
+        tempfile.TemporaryDirectory(prefix="lungseg-ray-", ignore_cleanup_errors=True) as scratch,
+        pushing(exporter, source, GROUP_METRICS, recipe.telemetry.push_seconds),
+    ):
         trainer = TensorflowTrainer(
             _worker,
             train_loop_config={
@@ -87,6 +93,7 @@ def fit(
                 "driver": secrets.token_hex(8),
                 "threads": cpus,
                 "settled": bool(callbacks),
+                "metrics": (exporter, source),
             },
             tensorflow_config=_backend_config(),
             scaling_config=ScalingConfig(
@@ -100,7 +107,7 @@ def fit(
                 name="train",
                 storage_path=scratch,
                 failure_config=FailureConfig(max_failures=recipe.train.max_failures),
-                callbacks=[_watcher(), *callbacks],
+                callbacks=[_watcher(recipe.train.max_failures, exporter, source), *callbacks],
             ),
         )
         try:
@@ -132,12 +139,20 @@ def _backend_config() -> Any:
     return Config()
 
 
-def _watcher() -> Any:
-    """A callback of Ray Train that tells why workers failed, and ends the run for what no restart cures:
-    our own errors, but for a store that may come back and a notice to leave."""
+def _source(root: str) -> Source:
+    """The labels of the metrics of "runs/NAME" or "runs/NAME/trials/TRIAL"."""
+    run, _, trial = root.removeprefix("runs/").partition("/trials/")
+    return Source(run, trial)
+
+
+def _watcher(max_failures: int, exporter: Any | None, source: Source) -> Any:
+    """A callback of Ray Train that tells why workers failed, counts their restarts, and ends the run for
+    what no restart cures: our own errors, but for a store that may come back and a notice to leave."""
     from ray.train import UserCallback
 
     class Watcher(UserCallback):
+        failures = 0
+
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
             for rank, error in worker_exceptions.items():
                 # Of a remote traceback the last line names the error.
@@ -145,6 +160,9 @@ def _watcher() -> Any:
                 ours = LungsegError.find_in(error)
                 if ours and not isinstance(ours, StorageError) and ours.code != _LEFT:
                     raise ours
+            self.failures += 1
+            if self.failures <= max_failures:
+                count_restart(exporter, source)
 
     return Watcher()
 
@@ -195,19 +213,27 @@ def _worker(config: dict[str, Any]) -> None:
 
     context = ray.train.get_context()
     group = ray.get_runtime_context().get_placement_group_id()  # of all workers; tuning frees it
-    store, root, attempt, manifest, recipe, init = config["job"]
-    session = Session(
-        rank=context.get_world_rank(),
-        world_size=context.get_world_size(),
-        threads=config["threads"],
-        share=broadcast_from_rank_zero,
-        report=lambda metrics: ray.train.report({**metrics, "placement_group": group}),
-        asked=lambda: was_asked() or _drain() is not None,
-        leave=_leave,
-        settled=config["settled"],
-    )
-    job = Job(store, root, attempt, manifest, parse_recipe(recipe), init, config["driver"])
-    run_worker(job, session)
+    store, root, attempt, manifest, tree, init = config["job"]
+    recipe, rank = parse_recipe(tree), context.get_world_rank()
+    exporter, source = config["metrics"]
+    source = replace(source, rank=str(rank))
+    with pushing(exporter, source, WORKER_METRICS, recipe.telemetry.push_seconds) as push:
+
+        def report(metrics: dict[str, float]) -> None:
+            push()
+            ray.train.report({**metrics, "placement_group": group})
+
+        session = Session(
+            rank=rank,
+            world_size=context.get_world_size(),
+            threads=config["threads"],
+            share=broadcast_from_rank_zero,
+            report=report,
+            asked=lambda: was_asked() or _drain() is not None,
+            leave=_leave,
+            settled=config["settled"],
+        )
+        run_worker(Job(store, root, attempt, manifest, recipe, init, config["driver"]), session)
 
 
 def _drain() -> Any:

@@ -24,13 +24,13 @@ from lungseg.data.order import steps_per_pass
 from lungseg.data.shards import Manifest
 from lungseg.data.stream import Batch, PatchStream
 from lungseg.storage import Store
-from lungseg.telemetry import DATA_WAIT_SECONDS, PATCHES, STEP_SECONDS, TRAIN_LOSS, log
+from lungseg.telemetry import count_step, log, show_step
 from lungseg.train.checkpoint import Checkpoint, Checkpoints, TrainState
 from lungseg.train.lease import claim
 from lungseg.train.notice import heed_sigterm_again
 from lungseg.train.record import Recorder, diverged
 from lungseg.train.run import run_root
-from lungseg.train.step import Stepper, ValSums
+from lungseg.train.step import Placed, Stepper, ValSums
 from lungseg.train.strategy import make_strategy, set_precision
 
 _log = log("train")
@@ -137,8 +137,25 @@ def _restore(job: Job, session: Session, checkpoints: Checkpoints, stepper: Step
     return found
 
 
+class _Feed:
+    """Batches on the devices, each copied there while the step before it runs: a step on GPUs is only begun
+    by the call that trains."""
+
+    def __init__(self, batches: Iterator[Batch], place: Callable[[Batch], Placed]) -> None:
+        self._batches, self._place = batches, place
+        self._ahead: Placed | None = None
+
+    def take(self) -> Placed:
+        taken = self._ahead or self._place(next(self._batches))
+        self._ahead = None
+        return taken
+
+    def fill(self) -> None:
+        self._ahead = self._ahead or self._place(next(self._batches))
+
+
 def _train(worker: _Worker, state: TrainState) -> None:
-    job, session, stepper, config = worker.job, worker.session, worker.stepper, worker.job.recipe.train
+    job, session, config = worker.job, worker.session, worker.job.recipe.train
     open_stream = partial(
         PatchStream,
         job.store,
@@ -149,11 +166,12 @@ def _train(worker: _Worker, state: TrainState) -> None:
         world_size=session.world_size,
     )
     with open_stream(split="train", seed=config.seed, first_step=state.step) as stream:
-        batches = iter(stream)
+        feed = _Feed(iter(stream), worker.stepper.place)
         while not state.ended(config):
-            state = _epoch(worker, stream, batches, state)
+            worker.stepper.plan(_last_step(worker, state))
+            state = _epoch(worker, stream, feed, state)
             with open_stream(split="val", training=False) as val:
-                sums = sum((stepper.validate(stepper.place(batch)) for batch in val), ValSums())
+                sums = sum((worker.stepper.validate(worker.stepper.place(batch)) for batch in val), ValSums())
             # Clocks differ between ranks; all must stop after the same epoch.
             state = _advance(config, state, session.share(_metrics(worker, state, sums)))
             if worker.recorder:
@@ -163,11 +181,24 @@ def _train(worker: _Worker, state: TrainState) -> None:
             session.report(state.metrics)
 
 
-def _epoch(worker: _Worker, stream: PatchStream, batches: Iterator[Batch], state: TrainState) -> TrainState:
+def _last_step(worker: _Worker, state: TrainState) -> int:
+    """Where the learning-rate schedule ends: with the last epoch, or with the last that fits into
+    `max_minutes` if all take as long as those before."""
+    config, steps = worker.job.recipe.train, worker.steps_per_epoch
+    epochs = config.epochs
+    if config.max_minutes is not None and state.epoch:
+        # An epoch under way when the time is over is finished, so a started one counts.
+        epochs = min(
+            epochs, max(state.epoch + 1, math.ceil(config.max_minutes * 60 * state.epoch / state.seconds))
+        )
+    return epochs * steps
+
+
+def _epoch(worker: _Worker, stream: PatchStream, feed: _Feed, state: TrainState) -> TrainState:
     """Train what is left of an epoch. Fetches the loss only every few steps: each fetch waits for the
     device."""
     every, steps = worker.job.recipe.train.log_every_steps, worker.steps_per_epoch
-    stepper, labels = worker.stepper, (worker.job.root, "", str(worker.session.rank))
+    stepper, patches = worker.stepper, worker.job.recipe.train.global_batch // worker.session.world_size
     losses: list[tf.Tensor] = []
     waited, began = stream.waited_seconds, time.monotonic()
 
@@ -182,26 +213,26 @@ def _epoch(worker: _Worker, stream: PatchStream, batches: Iterator[Batch], state
         )
 
     for number in range(len(state.losses) + 1, steps + 1):
-        start = time.monotonic()
-        losses.append(stepper.train(stepper.place(next(batches))).loss)
-        STEP_SECONDS.labels(*labels).observe(time.monotonic() - start)
+        start, had_waited = time.monotonic(), stream.waited_seconds
+        measured = stepper.train(feed.take())
+        losses.append(measured.loss)
+        feed.fill()
         synced = number % every == 0 or number == steps
         if synced:
             recent = float(losses[-1])
             if not math.isfinite(recent):
                 raise diverged(worker.job.root, state.epoch + 1, number)
+            rate = stepper.learning_rate(state.step + len(losses) - 1)
+            show_step(recent, rate, float(measured.gradient_norm))
             if worker.recorder:
                 pace = (time.monotonic() - began) / len(losses)
                 _log.info(
                     "epoch %d, step %d/%d: loss %.4f, %.2f s a step",
                     state.epoch + 1, number, steps, recent, pace,
                 )  # fmt: skip
+        count_step(time.monotonic() - start, stream.waited_seconds - had_waited, patches)
         if _asked_to_leave(worker, synced):
             _leave(worker, so_far())
-    PATCHES.labels(*labels).inc(
-        len(losses) * worker.job.recipe.train.global_batch // worker.session.world_size
-    )
-    DATA_WAIT_SECONDS.labels(*labels).inc(stream.waited_seconds - waited)
     return so_far()
 
 
@@ -231,13 +262,11 @@ def _leave(worker: _Worker, state: TrainState) -> NoReturn:
 
 
 def _metrics(worker: _Worker, state: TrainState, sums: ValSums) -> dict[str, float]:
-    loss = float(np.mean(state.losses))
-    TRAIN_LOSS.labels(worker.job.root, "", str(worker.session.rank)).set(loss)
     return {
         "epoch": state.epoch + 1,
-        "loss": loss,
+        "loss": float(np.mean(state.losses)),
         "val_dice": sums.dice,
-        "learning_rate": worker.stepper.learning_rate(state.step),
+        "learning_rate": worker.stepper.learning_rate(state.step - 1),
         "train_seconds": state.train_seconds,
         "data_wait_seconds": state.data_wait_seconds,
         "seconds": worker.seconds(),

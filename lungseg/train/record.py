@@ -89,7 +89,7 @@ class Recorder:
     def _epoch(self, state: TrainState, weights: Arrays, optimizer: Arrays) -> None:
         self._lease.check()
         self._require_finite(state, weights)
-        VAL_DICE.labels(self._root, "", "0").set(state.val_dice)
+        VAL_DICE.set(state.val_dice)
         self._append_metrics(state)
         every, better = self._recipe.checkpoint.every_epochs, False
         if state.ended(self._recipe.train) or state.epoch % every == 0 or self._beats(state):

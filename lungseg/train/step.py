@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import keras
@@ -21,11 +22,6 @@ from lungseg.model.losses import make_loss, supervise, target_and_weight
 from lungseg.model.unet import build_unet
 from lungseg.train.checkpoint import arrays, assign
 from lungseg.train.optimizer import Schedule, make_optimizer
-
-_TRAINED = "trained/"
-"""Before the paths of the weights in training, where the averaged ones are saved under their own paths."""
-_RANDOM = "random/"
-"""Before the numbers of generators of random numbers."""
 
 
 @dataclass(frozen=True)
@@ -123,35 +119,34 @@ class Stepper:
         return arrays(self.model.weights)
 
     def training_state(self) -> dict[str, np.ndarray]:
-        """What training needs besides to go on: the optimiser, the weights behind their average, and the
-        generators that dropout draws from."""
-        averaged = self.model is not self._trained
-        trained = arrays(self._trained.weights) if averaged else {}
-        random = {f"{_RANDOM}{number}": one.numpy() for number, one in enumerate(self._generators())}
-        return arrays(self.optimizer.variables) | {_TRAINED + path: a for path, a in trained.items()} | random
-
-    def _generators(self) -> list[Any]:
-        """Without names: Keras numbers them anew in every network that a process builds."""
-        weights = {id(variable) for variable in self._trained.weights}
-        return [variable for variable in self._trained.variables if id(variable) not in weights]
-
-    def begin_with(self, weights: Mapping[str, np.ndarray], checkpoint: str) -> None:
-        """Take another run's weights, and nothing else. Raises RunError("checkpoint-mismatch")."""
-        assign(self.model.weights, weights, checkpoint)
-        assign(self._trained.weights, weights, checkpoint)
+        """What training needs besides to go on: the optimiser, the generators that dropout draws from, and
+        the weights behind their average."""
+        return arrays(self._behind())
 
     def restore(
         self, weights: Mapping[str, np.ndarray], training_state: Mapping[str, np.ndarray], checkpoint: str
     ) -> None:
         """Raises RunError("checkpoint-mismatch")."""
-        behind = {k.removeprefix(_TRAINED): a for k, a in training_state.items() if k.startswith(_TRAINED)}
-        optimizer = {k: a for k, a in training_state.items() if not k.startswith((_TRAINED, _RANDOM))}
         assign(self.model.weights, weights, checkpoint)
-        assign(self.optimizer.variables, optimizer, checkpoint)
+        assign(self._behind(), training_state, checkpoint)
+
+    def begin_with(self, weights: Mapping[str, np.ndarray], checkpoint: str) -> None:
+        """Train on from other weights with a fresh optimiser. Raises RunError("checkpoint-mismatch")."""
+        assign(self.model.weights, weights, checkpoint)
+        self._trained.set_weights(self.model.get_weights())
+
+    def _behind(self) -> list[Any]:
+        """Every variable but the published weights, under names that no process numbers anew."""
+        weights = {id(variable) for variable in self._trained.weights}
+        generators = [variable for variable in self._trained.variables if id(variable) not in weights]
+        named = [(f"random/{number}", variable) for number, variable in enumerate(generators)]
         if self.model is not self._trained:
-            assign(self._trained.weights, behind, checkpoint)
-        for number, generator in enumerate(self._generators()):
-            generator.assign(training_state[f"{_RANDOM}{number}"])
+            named += [(f"trained/{variable.path}", variable) for variable in self._trained.weights]
+        renamed = [
+            SimpleNamespace(path=path, shape=one.shape, numpy=one.numpy, assign=one.assign)
+            for path, one in named
+        ]
+        return [*self.optimizer.variables, *renamed]
 
     @tf.function
     def _train(self, image: Any, mask: Any, rows: Any, step: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:

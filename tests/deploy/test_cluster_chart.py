@@ -15,6 +15,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from lungseg.config import load_recipe
+
 ROOT = Path(__file__).parents[2]
 VALUES = sorted(ROOT.glob("deploy/values-*.yaml"))
 SECRETIVE = re.compile(r"secret|token|password|access_key", re.IGNORECASE)
@@ -199,6 +201,36 @@ def test_only_the_cluster_and_the_operator_reach_ray(render_one: RenderOne) -> N
     assert peer["namespaceSelector"]["matchLabels"] == {"kubernetes.io/metadata.name": "kuberay-system"}
 
 
+def test_trainings_metrics_are_open_on_the_head_and_to_prometheus_alone(
+    everything: Path, render: Render, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    documents = {document["kind"]: document for document in render("lungseg", "--values", everything)}
+    head, *workers = (pod["containers"][0] for pod in pods([documents["RayCluster"]]))
+    assert {"name": "training", "containerPort": 9464} in head["ports"]
+    for container in (head, *workers):  # a driver may run on any
+        for one in container["env"]:
+            if one["name"].startswith("LUNGSEG_METRICS"):
+                monkeypatch.setenv(one["name"], one["value"])
+        settings = load_recipe().telemetry
+        assert (settings.metrics_host, settings.metrics_port) == ("0.0.0.0", 9464)
+        monkeypatch.undo()
+    scraped = [one["port"] for one in documents["PodMonitor"]["spec"]["podMetricsEndpoints"]]
+    assert scraped == ["metrics", "training"]
+    (rule,) = (
+        one
+        for one in documents["NetworkPolicy"]["spec"]["ingress"]
+        if {"protocol": "TCP", "port": 9464} in one.get("ports", [])
+    )
+    assert [set(peer) for peer in rule["from"]] == [{"namespaceSelector"}]
+
+
+def test_without_metrics_no_port_is_open_and_no_run_serves_any(everything: Path, render: Render) -> None:
+    shown = yaml.safe_dump_all(render("lungseg", "--values", everything, "--set=metrics.enabled=false"))
+    assert "9464" not in shown
+    assert "LUNGSEG_METRICS" not in shown
+    assert "port: training" not in shown
+
+
 def test_what_needs_foreign_crds_is_off_by_default(render: Render) -> None:
     assert "PodMonitor" not in {document["kind"] for document in render("lungseg")}
 
@@ -213,6 +245,7 @@ def test_what_needs_foreign_crds_is_off_by_default(render: Render) -> None:
         ("objectStore.endpoint=https://key:secret@minio:9000", "/objectStore/endpoint"),
         ("objectStore.accessKey=abc", "accessKey"),
         ("headd.cpu=2", "headd"),
+        ("metrics.port=8265", "/metrics/port"),
         ("rayVersion=latest", "/rayVersion"),
         ("jobStopWaitSeconds=120", "terminationGracePeriodSeconds must exceed jobStopWaitSeconds"),
         ("workers[0].replicas=2,workers[0].maxReplicas=1", "minReplicas <= replicas <= maxReplicas"),

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scraping import Endpoint
 
 from lungseg.config import load_recipe
 from lungseg.errors import ConfigError, RunError
@@ -94,9 +95,27 @@ def lines(balls: Any, run: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in balls.store.get(f"runs/{run}/metrics.jsonl").decode().splitlines()]
 
 
+def assert_endpoint_tells(balls: Any, run: str, endpoint: Endpoint, restarts: int) -> None:
+    """Of a run of 4 epochs of 6 steps whose workers were ended: what each counted is added to what the one
+    before it did, but for its last moments."""
+    found = endpoint.scrape()
+    worker = {name: value for (name, *labels), value in found.items() if labels == [run, "", "0"]}
+    last = balls.final(run).state
+    assert found["lungseg_restarts_total", run, "", ""] == restarts
+    assert worker["lungseg_val_dice"] == last.metrics["val_dice"]
+    assert 18 <= worker["lungseg_step_seconds_count"] <= 30
+    assert worker["lungseg_patches_total"] == 4 * worker["lungseg_step_seconds_count"]
+    assert worker["lungseg_step_seconds_sum"] > worker["lungseg_data_wait_seconds_total"] > 0
+    assert 3 <= worker["lungseg_checkpoint_seconds_count"] <= 5
+    assert worker["lungseg_checkpoint_bytes_total"] > 3 * 1000
+    assert 0 <= worker["lungseg_learning_rate"] < 0.01  # the cosine's end
+    assert 0 < worker["lungseg_train_loss"] < 2
+    assert worker["lungseg_stream_patches_total"] > worker["lungseg_patches_total"]
+
+
 @pytest.mark.slow
 def test_a_worker_that_is_asked_to_leave_and_killed_again_and_again_ends_as_if_nothing_had_been(
-    balls: Any, undisturbed: str
+    balls: Any, undisturbed: str, endpoint: Endpoint
 ) -> None:
     """Asked before its first step it leaves after it; then a seed says after how many files it is killed."""
     random = Random(1)
@@ -104,8 +123,9 @@ def test_a_worker_that_is_asked_to_leave_and_killed_again_and_again_ends_as_if_n
     for after in sorted(random.sample(range(6, 24), 2)):
         moments.append((lambda keys, after=after: len(keys) >= after, signal.SIGKILL))
     with worker_signalled(balls, "killed-worker", moments) as hit:
-        best = balls.train("killed-worker", "train.max_failures=3")
+        best = balls.train("killed-worker", "train.max_failures=3", *endpoint.settings)
     assert len(hit) == len(set(hit)) == 3
+    assert_endpoint_tells(balls, "killed-worker", endpoint, restarts=3)
     assert best["val_dice"] == pytest.approx(0.5, abs=0.5)
     assert "committed step 1\n" in balls.store.get("runs/killed-worker/log.txt").decode()
     assert_same_end(balls, "killed-worker", undisturbed)

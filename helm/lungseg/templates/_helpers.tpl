@@ -77,6 +77,12 @@ capabilities:
   value: {{ .Values.jobStopWaitSeconds | quote }}
 - name: RAY_USAGE_STATS_ENABLED
   value: "0"
+{{- if .Values.metrics.enabled }}
+- name: LUNGSEG_METRICS_HOST
+  value: 0.0.0.0
+- name: LUNGSEG_METRICS_PORT
+  value: {{ .Values.metrics.port | quote }}
+{{- end }}
 {{- range .Values.extraEnv }}
 {{- if and .value (regexMatch "(?i)(secret|token|password|credential|access_key)" .name) }}
 {{- fail (printf "extraEnv %s: a credential must come from a Secret (valueFrom.secretKeyRef), not from values" .name) }}
@@ -136,6 +142,9 @@ spec:
         {{- if eq .role "head" }}
         - { name: gcs-server, containerPort: 6379 }
         - { name: dashboard, containerPort: 8265 }
+        {{- if $root.Values.metrics.enabled }}
+        - { name: training, containerPort: {{ $root.Values.metrics.port }} }
+        {{- end }}
         {{- end }}
         - { name: metrics, containerPort: 8080 }
       env:
