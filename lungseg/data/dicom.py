@@ -13,7 +13,7 @@ Fault -> behaviour (tests: tests/data/test_dicom*.py):
   MONOCHROME1                                             read: it turns the display, not the HU
   the same file twice (one SOPInstanceUID, equal pixels)  read once
   two slices at one position                              "slices-duplicate"
-  slices missing, uneven, tilted, of two grids            "slices-missing", "-irregular", "-mixed", "gantry-tilt"
+  slices missing, uneven, tilted, of two grids  "slices-missing", "-irregular", "-mixed", "gantry-tilt"
   cut short, values that are no numbers                   "dicom-unreadable", "pixels-unreadable"
   multi-frame (enhanced CT), colours                      "slice-not-2d"
   slope, intercept or position missing                    "rescale-missing", "geometry-missing"
