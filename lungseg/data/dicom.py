@@ -4,6 +4,19 @@ Slices are ordered by their position along the slice normal, never by InstanceNu
 their distance comes from the positions, never from SliceThickness. A series that is not one regular
 grid is refused: a missing or doubled slice would move every nodule above it. Messages name files
 relative to the folder, never a tag of the patient, and no UID (TCIA names folders so) but for its end.
+
+Fault -> behaviour (tests: tests/data/test_dicom*.py):
+  files that are no DICOM, localizers, other modalities   left out
+  preamble or file meta missing                           read
+  JPEG lossless, JPEG-LS, JPEG 2000 (GDCM), RLE, deflated, big endian, implicit VR   read
+  bits above BitsStored                                   masked out; PixelPaddingValue and range become air
+  MONOCHROME1                                             read: it turns the display, not the HU
+  the same file twice (one SOPInstanceUID, equal pixels)  read once
+  two slices at one position                              "slices-duplicate"
+  slices missing, uneven, tilted, of two grids  "slices-missing", "-irregular", "-mixed", "gantry-tilt"
+  cut short, values that are no numbers                   "dicom-unreadable", "pixels-unreadable"
+  multi-frame (enhanced CT), colours                      "slice-not-2d"
+  slope, intercept or position missing                    "rescale-missing", "geometry-missing"
 """
 
 from __future__ import annotations
@@ -20,7 +33,13 @@ from pydicom.config import disable_value_validation
 from pydicom.dataset import FileDataset
 from pydicom.errors import InvalidDicomError
 from pydicom.pixels import get_decoder
-from pydicom.uid import ImplicitVRLittleEndian, MediaStorageDirectoryStorage
+from pydicom.uid import (
+    EnhancedCTImageStorage,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    MediaStorageDirectoryStorage,
+)
 
 from lungseg.data.volume import AIR_HU, Geometry, Volume, vector
 from lungseg.errors import DataError, GeometryError
@@ -28,6 +47,10 @@ from lungseg.errors import DataError, GeometryError
 UID = re.compile(r"\d+(?:\.\d+){4,}")
 DICOMDIR = MediaStorageDirectoryStorage
 THREADS = 4
+# How a data set without a preamble begins: an element of group 2 or 8, in either byte order.
+BARE_START = re.compile(
+    rb"\x02\0[\0\x10]\0|\x08\0[\0\x01\x05\x08\x16\x18]\0|\0\x08\0[\0\x01\x05\x08\x16\x18]"
+)
 IN_PLANE_TOLERANCE_MM = 0.1
 LATTICE_TOLERANCE = 0.1  # of the slice distance; positions are often written with few decimals
 # What pydicom raises on broken files, besides InvalidDicomError for a missing preamble.
@@ -39,6 +62,7 @@ HEADER_TAGS = ["Modality", "SeriesInstanceUID", "ImageType"]
 @dataclass(frozen=True)
 class _Slice:
     name: str  # of the file, relative to the folder
+    instance: str  # its SOPInstanceUID
     position: np.ndarray  # LPS mm of the centre of the first pixel
     orientation: np.ndarray  # [2, 3]: unit vectors along a row and along a column
     pixel_mm: np.ndarray  # (y, x)
@@ -113,11 +137,28 @@ def _dataset(path: Path, folder: Path, tags: list[str] | None = None) -> FileDat
     try:
         return pydicom.dcmread(path, stop_before_pixels=tags is not None, specific_tags=tags)
     except InvalidDicomError as error:
+        with path.open("rb") as file:
+            bare = BARE_START.match(file.read(4))
+        if bare:
+            return _bare_dataset(path, folder, tags)
         if path.suffix.lower() != ".dcm":
             return None
         raise _broken(path, folder) from error
     except BROKEN as error:
         raise _broken(path, folder) from error
+
+
+def _bare_dataset(path: Path, folder: Path, tags: list[str] | None) -> FileDataset:
+    """The data set of a file without a preamble; its encoding is what pydicom found it to be."""
+    try:
+        dataset = pydicom.dcmread(path, stop_before_pixels=tags is not None, specific_tags=tags, force=True)
+    except BROKEN as error:
+        raise _broken(path, folder) from error
+    if "TransferSyntaxUID" not in dataset.file_meta:
+        implicit, little = dataset.original_encoding
+        explicit = ExplicitVRLittleEndian if little else ExplicitVRBigEndian
+        dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else explicit
+    return dataset
 
 
 def _broken(path: Path, folder: Path) -> DataError:
@@ -134,18 +175,21 @@ def _read_slice(path: Path, folder: Path) -> _Slice:
     name = _shown(path.relative_to(folder))
     dataset = _dataset(path, folder)
     assert dataset is not None  # find_series has read its header
+    frames = str(dataset.get("NumberOfFrames") or 1)
+    if frames != "1" or dataset.get("SOPClassUID") == EnhancedCTImageStorage:
+        raise _not_2d(name, f"{frames} frames")
     try:
         missing = [tag for tag in GEOMETRY_TAGS if not dataset.get(tag)]
         if missing:
             remedy = "export the original axial slices, not a derived image"
             raise GeometryError("geometry-missing", file=name, tags=" ".join(missing), remedy=remedy)
-        return _Slice(
-            name,
-            np.array(dataset.ImagePositionPatient, np.float64).reshape(3),
-            np.array(dataset.ImageOrientationPatient, np.float64).reshape(2, 3),
-            np.array(dataset.PixelSpacing, np.float64).reshape(2),
-            _hu(dataset, name),
-        )
+        position = np.array(dataset.ImagePositionPatient, np.float64).reshape(3)
+        orientation = np.array(dataset.ImageOrientationPatient, np.float64).reshape(2, 3)
+        pixel_mm = np.array(dataset.PixelSpacing, np.float64).reshape(2)
+        if not np.isfinite([*position, *orientation.ravel(), *pixel_mm]).all() or pixel_mm.min() <= 0:
+            raise ValueError("a position, orientation or spacing that is none")
+        hu = _hu(dataset, name)
+        return _Slice(name, str(dataset.get("SOPInstanceUID")), position, orientation, pixel_mm, hu)
     except BROKEN as error:  # values that are no numbers, or too few
         raise _broken(path, folder) from error
 
@@ -155,9 +199,13 @@ def _hu(dataset: FileDataset, name: str) -> np.ndarray:
     if slope is None or intercept is None:
         remedy = "export the slices with RescaleSlope and RescaleIntercept, or HU are unknown"
         raise DataError("rescale-missing", file=name, remedy=remedy)
+    slope, intercept = float(slope), float(intercept)
+    if not np.isfinite([slope, intercept]).all() or slope == 0:
+        raise ValueError("a rescale that loses the pixels")
     raw = _pixels(dataset, name)
     limits = np.iinfo(np.int16)
-    hu = np.clip(np.rint(raw * float(slope) + float(intercept)), limits.min, limits.max).astype(np.int16)
+    scaled = _stored_bits(dataset, raw) * slope + intercept
+    hu = np.clip(np.rint(scaled), limits.min, limits.max).astype(np.int16)
     padding = dataset.get("PixelPaddingValue")
     if padding is not None:
         bound = dataset.get("PixelPaddingRangeLimit", padding)
@@ -165,6 +213,22 @@ def _hu(dataset: FileDataset, name: str) -> np.ndarray:
         first, last = sorted(np.array([padding, bound]).astype(raw.dtype).tolist())
         hu[(raw >= first) & (raw <= last)] = AIR_HU
     return hu
+
+
+def _stored_bits(dataset: FileDataset, raw: np.ndarray) -> np.ndarray:
+    """Native pixels without what lies outside their stored bits (old overlays, or garbage)."""
+    stored, high = int(dataset.BitsStored), int(dataset.get("HighBit", dataset.BitsStored - 1))
+    bits = 8 * raw.dtype.itemsize
+    if dataset.file_meta.TransferSyntaxUID.is_compressed or (stored, high) == (bits, bits - 1):
+        return raw  # a decoder gives the stored bits alone
+    if not 0 < stored <= high + 1 <= bits:
+        raise ValueError("stored bits that do not fit")
+    return raw << (bits - 1 - high) >> (bits - stored)
+
+
+def _not_2d(name: str, found: str) -> DataError:
+    remedy = "give classic CT slices, one grey image a file (enhanced CT: split it, for example with emf2sf)"
+    return DataError("slice-not-2d", file=name, found=found, remedy=remedy)
 
 
 def _pixels(dataset: FileDataset, name: str) -> np.ndarray:
@@ -177,18 +241,22 @@ def _pixels(dataset: FileDataset, name: str) -> np.ndarray:
         remedy = "decompress the series first, for example with gdcmconv --raw or dcmdjpeg"
         raise DataError("transfer-syntax", file=name, syntax=syntax.name, remedy=remedy)
     try:
+        if not syntax.is_compressed:
+            # Padding may lie outside the stored bits: `_stored_bits` masks them after it was compared.
+            dataset.pixel_array_options(correct_unused_bits=False)
         raw = dataset.pixel_array
     except BROKEN as error:
         remedy = "fetch this file again, it is cut short or damaged"
         raise DataError("pixels-unreadable", file=name, remedy=remedy) from error
-    if raw.ndim != 2:
-        remedy = "give classic CT slices, one grey image a file"
-        raise DataError("slice-not-2d", file=name, shape=raw.shape, remedy=remedy)
+    grey = dataset.get("PhotometricInterpretation") in ("MONOCHROME1", "MONOCHROME2")
+    if raw.ndim != 2 or not grey or raw.dtype.kind not in "iu":
+        raise _not_2d(name, f"{dataset.get('PhotometricInterpretation')} of shape {raw.shape}")
     return raw
 
 
 def _stack(slices: list[_Slice]) -> Volume:
     """One volume of slices in any order, after every check of `read_series`."""
+    slices = _without_copies(slices)
     if len(slices) < 2:
         raise GeometryError("slices-too-few", slices=len(slices), remedy="give the whole series")
     head = slices[0]
@@ -220,6 +288,18 @@ def _stack(slices: list[_Slice]) -> Volume:
         (vector(axes[0]), vector(axes[1]), vector(axes[2])),
     )
     return Volume(np.stack([one.hu for one in slices]), geometry)
+
+
+def _without_copies(slices: list[_Slice]) -> list[_Slice]:
+    """The slices without second copies of a file: copies agree in UID, place and every pixel."""
+    kept: dict[str, _Slice] = {}
+    others = []
+    for one in slices:
+        first = kept.setdefault(one.instance, one)
+        same = np.array_equal(first.position, one.position) and np.array_equal(first.hu, one.hu)
+        if first is not one and not same:
+            others.append(one)  # the checks of the grid decide
+    return [*kept.values(), *others]
 
 
 def _checked_distance(slices: list[_Slice], normal: np.ndarray) -> float:
