@@ -108,6 +108,10 @@ def check_fit(manifest: Manifest, recipe: Recipe) -> None:
         message, remedy = f"no multiple of {stride} voxels", "lower model.depth, or prepare other patches"
     elif any(side > whole for side, whole in zip(sides, patch, strict=True)):
         message, remedy = f"patches have {patch}", "lower augment.crop_zyx"
+    elif any(side < 3 * stride for side in (sides[0], patch[0])):
+        # oneDNN 3.7 gives wrong gradients of bfloat16 convolutions over two slices, some of them NaN; and
+        # one slice has no depth to convolve over.
+        message, remedy = "fewer than 3 slices at the deepest level", "lower model.depth"
     elif recipe.augment.turns and sides[1] != sides[2]:
         message, remedy = "turns need square slices", "set augment.turns=false"
     else:

@@ -148,6 +148,9 @@ def test_new_begins_another_attempt_and_keeps_the_best_of_all(store: Store, mani
     [
         (["train.global_batch=7"], DataError, "too-few-patches", "train.global_batch"),
         (["model.depth=6"], ConfigError, "patch-shape", "model.depth"),
+        (["model.depth=4"], ConfigError, "patch-shape", "model.depth"),  # two slices at the deepest level
+        (["augment.crop_zyx=[24,24,24]"], ConfigError, "patch-shape", "augment.crop_zyx"),
+        (["augment.crop_zyx=[16,16,12]"], ConfigError, "patch-shape", "augment.turns"),
     ],
 )
 def test_a_recipe_that_cannot_train_on_the_data_claims_no_name(

@@ -15,7 +15,7 @@ from lungseg.data.stream import Batch
 from lungseg.errors import RunError
 from lungseg.train.step import Stepper
 
-SHAPE = (8, 8, 8)
+SHAPE = (12, 12, 12)
 
 
 @pytest.fixture(autouse=True)
