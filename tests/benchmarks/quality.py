@@ -1,0 +1,131 @@
+"""Segmentation quality after equal minutes of training, on real nodules: lungseg beside MONAI.
+
+    uv run python tests/benchmarks/quality.py --peer-python peers/bin/python --results quality.jsonl \
+        [--minutes 5 15] [--folds 0 1 2 3 4] [--only lungseg dynunet basicunet] [--set a.b=c ...]
+
+94 real LIDC nodules of 94 patients (51^3 voxels of 1 mm around each), 5 folds of patients. Every contestant
+trains on the same patients with the same two cores for the same minutes, counted from its first step's start
+(graph tracing and validation included, imports not), predicts the fold's test crops whole, and is scored here
+by the Dice of each nodule at probability 0.5. lungseg takes 8 of the training patients for validation; MONAI
+trains on all. Contestants take turns within a fold. Results are appended to a file as they come and are not
+measured again, so the 3 to 7 hours may be had in pieces; the table is printed from the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import SimpleITK as sitk  # noqa: N813
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+from servers import REAL_DATA  # noqa: E402
+
+CROPS = REAL_DATA / "lidc_crops"
+CONTESTANTS = ("lungseg", "dynunet", "basicunet")
+SMALL_VOXELS = 300
+VALIDATION_PATIENTS = 8
+
+
+def split(fold: int) -> dict[str, list[str]]:
+    """Names of the crops, one a patient; lungseg's validation comes out of "train"."""
+    names = sorted(file.name.removesuffix(".nii.gz") for file in (CROPS / "images").iterdir())
+    shuffled = np.random.default_rng(0).permutation(names).tolist()
+    test = shuffled[fold::5]
+    rest = [name for name in shuffled if name not in test]
+    return {"train": rest, "val": rest[:VALIDATION_PATIENTS], "test": test}
+
+
+def run(contestant: str, fold: int, minutes: float, options: argparse.Namespace) -> dict[str, Any]:
+    """Train, predict and score; a row of the results."""
+    with tempfile.TemporaryDirectory() as folder:
+        job = Path(folder) / "job.json"
+        work = {"crops": str(CROPS), "split": split(fold), "minutes": minutes, "folder": folder}
+        job.write_text(json.dumps(work | {"name": contestant, "settings": options.set}))
+        ours = contestant == "lungseg"
+        script = HERE / ("quality_ours.py" if ours else "quality_peer.py")
+        command = [sys.executable if ours else options.peer_python, str(script), str(job)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f"{contestant} failed: {done.stderr[-3000:]}")
+        facts = json.loads(done.stdout.splitlines()[-1])
+        masks = np.load(Path(folder) / "masks.npz")
+        scores = {name: score(name, masks[name]) for name in masks.files}
+    return {"contestant": contestant, "fold": fold, "minutes": minutes, **facts, "nodules": scores}
+
+
+def score(name: str, predicted: np.ndarray) -> tuple[float, int]:
+    """Dice of a nodule, and its size in voxels."""
+    reference = sitk.GetArrayFromImage(sitk.ReadImage(str(CROPS / "masks" / f"{name}.nii.gz"))) > 0
+    total = int(reference.sum() + predicted.sum())
+    return 2 * int((reference & (predicted > 0)).sum()) / max(total, 1), int(reference.sum())
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "| minutes | contestant | Dice, mean over folds | each fold | small | large | epochs or steps |",
+        "|--:|---|--:|---|--:|--:|---|",
+    ]
+    for minutes in sorted({row["minutes"] for row in rows}):
+        for contestant in CONTESTANTS:
+            found = [row for row in rows if (row["minutes"], row["contestant"]) == (minutes, contestant)]
+            if not found:
+                continue
+            found.sort(key=lambda row: row["fold"])
+            folds = [mean(row["nodules"].values()) for row in found]
+            nodules = [nodule for row in found for nodule in row["nodules"].values()]
+            small = mean(nodule for nodule in nodules if nodule[1] < SMALL_VOXELS)
+            large = mean(nodule for nodule in nodules if nodule[1] >= SMALL_VOXELS)
+            each = " ".join(f"{fold:.3f}" for fold in folds)
+            steps = f"{statistics.median(row['steps'] for row in found):.0f} steps"
+            lines.append(
+                f"| {minutes:g} | {contestant} | {statistics.mean(folds):.3f} | {each} "
+                f"| {small:.3f} | {large:.3f} | {steps} |"
+            )
+    return "\n".join(lines)
+
+
+def mean(nodules: Any) -> float:
+    return statistics.mean(dice for dice, _ in nodules)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--peer-python", default=sys.executable, help="that has torch and monai")
+    parser.add_argument("--results", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, nargs="+", default=[5, 15])
+    parser.add_argument("--folds", type=int, nargs="+", default=list(range(5)))
+    parser.add_argument("--only", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
+    parser.add_argument("--set", nargs="+", default=[], help="settings over lungseg's recipe")
+    options = parser.parse_args()
+    if not CROPS.exists():
+        sys.exit(f"the crops are not there: {CROPS}")
+    rows = []
+    if options.results.exists():
+        rows = [json.loads(line) for line in options.results.read_text().splitlines()]
+    for minutes in options.minutes:
+        for fold in options.folds:
+            for contestant in options.only:
+                key = (contestant, fold, minutes)
+                if key in {(row["contestant"], row["fold"], row["minutes"]) for row in rows}:
+                    continue
+                rows.append(run(*key, options))
+                with options.results.open("a") as file:
+                    file.write(json.dumps(rows[-1]) + "\n")
+                print(f"{key}: {mean(rows[-1]['nodules'].values()):.3f}", file=sys.stderr, flush=True)
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

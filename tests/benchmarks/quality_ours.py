@@ -1,0 +1,62 @@
+"""lungseg's part of `quality.py`: `jobs/recipes/lidc-crops.yaml` through the real prepare and train.
+
+    python quality_ours.py JOB.json
+
+Writes masks.npz into the job's folder and prints what was done as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import SimpleITK as sitk  # noqa: N813
+
+from lungseg.config import load_recipe
+from lungseg.data import pairs
+from lungseg.data.prepare import prepare
+from lungseg.segment.sliding import predict_volume
+from lungseg.storage import open_store
+from lungseg.train.launch import train
+
+RECIPE = Path(__file__).parents[2] / "jobs" / "recipes" / "lidc-crops.yaml"
+
+
+def main() -> None:
+    job = SimpleNamespace(**json.loads(Path(sys.argv[1]).read_text()))
+    os.environ.setdefault("LUNGSEG_CASE_KEY", "a key for this benchmark")
+    folder = Path(job.folder)
+    held_out = {name: part for part in ("val", "test") for name in job.split[part]}
+    table = {
+        pairs.patient_of(name): held_out.get(name, "train") for part in job.split.values() for name in part
+    }
+    (folder / "split.json").write_text(json.dumps(table))
+    recipe = load_recipe(RECIPE, [
+        f"data.split.file={folder / 'split.json'}", f"train.max_minutes={job.minutes}",
+        "train.epochs=100000", "train.patience_epochs=100000", *job.settings,
+    ])  # fmt: skip
+    store = open_store(str(folder / "store"))
+    prepare(store, "crops", pairs.find_cases(Path(job.crops), recipe.data.pairs), recipe.data)
+    best = train(store, "crops", "crops", recipe)
+    lines = [json.loads(line) for line in store.get("runs/crops/metrics.jsonl").decode().splitlines()]
+
+    from lungseg.train.export import load_best
+
+    model = load_best(store, "crops")
+    masks = {}
+    for name in job.split["test"]:
+        image = sitk.ReadImage(str(Path(job.crops) / "images" / f"{name}.nii.gz"))
+        volume_hu = sitk.GetArrayFromImage(image).astype(np.int16)
+        settings, stride = recipe.segment, recipe.model.total_stride
+        masks[name] = predict_volume(model.predict, volume_hu, settings, multiple=stride) >= 0.5
+    np.savez_compressed(folder / "masks.npz", **masks)
+    seconds, best_dice = lines[-1]["seconds"], best["val_dice"]
+    print(json.dumps({"steps": lines[-1]["step"], "seconds": seconds, "val_dice": best_dice}))
+
+
+if __name__ == "__main__":
+    main()
