@@ -158,7 +158,7 @@ class TrainConfig(Frozen):
 
     epochs: int = Field(100, ge=1, description="the learning-rate schedule ends with the last")
     steps_per_epoch: int | None = Field(None, ge=1, description="default: once over the training patches")
-    max_minutes: float | None = Field(None, gt=0, description="ends the run and its learning-rate schedule")
+    max_minutes: float | None = Field(None, gt=0, description="the last epoch that fits in ends the run")
     global_batch: int = Field(4, ge=1, description="patches of one step over all replicas")
     workers: int = Field(1, ge=1, description="Ray Train workers, one a node")
     cpus_per_worker: int | None = Field(None, ge=1, description="default: all cores of the smallest node")

@@ -58,12 +58,19 @@ class TrainState:
         """Of the weights that go with this state; -1 within an epoch, where nobody has validated them."""
         return -1.0 if self.losses or not self.epoch else self.metrics["val_dice"]
 
+    def last_epoch(self, config: TrainConfig) -> int:
+        """The epoch that ends the run: the recipe's last, or the last that fits into its minutes if those to
+        come take as long as those before."""
+        if config.max_minutes is None or not self.epoch:
+            return config.epochs
+        fitting = int(config.max_minutes * 60 * self.epoch / self.seconds)
+        return min(config.epochs, max(self.epoch, fitting))
+
     def ended(self, config: TrainConfig) -> bool:
-        """Whether the run has its epochs, ran out of time after one, or stopped gaining."""
+        """Whether the run has its epochs, or time for no more, or stopped gaining."""
         if self.losses:
             return False
-        late = config.max_minutes is not None and self.seconds >= config.max_minutes * 60
-        return late or self.epoch >= config.epochs or self.epochs_without_gain >= config.patience_epochs
+        return self.epoch >= self.last_epoch(config) or self.epochs_without_gain >= config.patience_epochs
 
 
 @dataclass(frozen=True)

@@ -168,7 +168,9 @@ def _train(worker: _Worker, state: TrainState) -> None:
     with open_stream(split="train", seed=config.seed, first_step=state.step) as stream:
         feed = _Feed(iter(stream), worker.stepper.place)
         while not state.ended(config):
-            worker.stepper.plan(_last_step(worker, state))
+            # With minutes for its end, a run learns only on its way how many epochs they hold.
+            last = max(state.last_epoch(config), state.epoch + 1)
+            worker.stepper.plan(last * worker.steps_per_epoch)
             state = _epoch(worker, stream, feed, state)
             with open_stream(split="val", training=False) as val:
                 sums = sum((worker.stepper.validate(worker.stepper.place(batch)) for batch in val), ValSums())
@@ -179,19 +181,6 @@ def _train(worker: _Worker, state: TrainState) -> None:
                 if session.settled:
                     worker.recorder.wait()
             session.report(state.metrics)
-
-
-def _last_step(worker: _Worker, state: TrainState) -> int:
-    """Where the learning-rate schedule ends: with the last epoch, or with the last that fits into
-    `max_minutes` if all take as long as those before."""
-    config, steps = worker.job.recipe.train, worker.steps_per_epoch
-    epochs = config.epochs
-    if config.max_minutes is not None and state.epoch:
-        # An epoch under way when the time is over is finished, so a started one counts.
-        epochs = min(
-            epochs, max(state.epoch + 1, math.ceil(config.max_minutes * 60 * state.epoch / state.seconds))
-        )
-    return epochs * steps
 
 
 def _epoch(worker: _Worker, stream: PatchStream, feed: _Feed, state: TrainState) -> TrainState:

@@ -57,7 +57,7 @@ def loader(job: Any) -> DataLoader:
         for name in job.split["train"]
     ]
     data = CacheDataset(files, mt.Compose(steps), progress=False)
-    return DataLoader(data, BATCH, shuffle=True, num_workers=0, drop_last=True)
+    return DataLoader(data, batch_size=BATCH, shuffle=True, num_workers=0, drop_last=True)
 
 
 def train(job: Any, model: torch.nn.Module, batches: DataLoader) -> int:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lungseg.config import CheckpointConfig
+from lungseg.config import CheckpointConfig, TrainConfig
 from lungseg.errors import RunError, StorageError
 from lungseg.storage import Store, open_store
 from lungseg.train.checkpoint import (
@@ -122,7 +122,7 @@ import os, signal, sys
 from pathlib import Path
 from dataclasses import replace
 import numpy as np
-from lungseg.config import CheckpointConfig
+from lungseg.config import CheckpointConfig, TrainConfig
 from lungseg.storage import FolderStore
 from lungseg.train.checkpoint import Checkpoints, TrainState
 
@@ -291,3 +291,15 @@ def test_variables_take_what_fits() -> None:
     ]
     assign(variables, {"b": np.full(4, 2, np.float32), "a": np.ones(3, np.float32)}, "x")
     assert {path: array.tolist() for path, array in arrays(variables).items()} == {"a": [1] * 3, "b": [2] * 4}
+
+
+def test_minutes_hold_as_many_epochs_as_those_before_took() -> None:
+    config = TrainConfig(max_minutes=1, epochs=10)
+    begun = TrainState("a", 0, 0, "", {})
+    assert begun.last_epoch(config) == 10
+    assert not begun.ended(config)
+    for epoch, seconds, last in ((1, 14.9, 4), (3, 45.0, 4), (4, 59.0, 4), (2, 70.0, 2), (2, 1.0, 10)):
+        state = replace(begun, epoch=epoch, seconds=seconds)
+        assert state.last_epoch(config) == last
+        assert state.ended(config) == (epoch == last)
+        assert not replace(state, losses=[0.1]).ended(config)
