@@ -15,7 +15,7 @@ import pytest
 from balls import write_balls
 
 from lungseg import cli
-from lungseg.config import Recipe
+from lungseg.config import load_recipe
 from lungseg.storage import open_store
 from lungseg.train.run import open_run
 
@@ -76,7 +76,7 @@ def listing(folder: Path) -> list[tuple[str, int]]:
 def store(here: Path) -> Path:
     """A store with the data set "balls", which keeps no whole scans, and the run "taken" on it."""
     opened = open_store(here / "store")
-    open_run(opened, "taken", write_balls(opened), Recipe(), "fresh")
+    open_run(opened, "taken", write_balls(opened), load_recipe(None, ["model.depth=3"]), "fresh")
     return here / "store"
 
 
