@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -52,6 +53,20 @@ def test_of_many_writers_exactly_one_puts_if_absent(store: Store) -> None:
         thread.join()
     assert len(won) == 1
     assert store.get("claim") == str(won[0]).encode()
+
+
+def test_writing_listing_and_deleting_side_by_side_never_trips_over_an_empty_folder(store: Store) -> None:
+    def work(number: int) -> None:
+        for turn in range(40):
+            key = f"deep/er/{turn % 2}/{number}"
+            store.put(key, b"1")
+            assert store.exists(key)
+            list(store.find("deep/"))
+            store.delete([key])
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+    assert list(store.find("")) == []
 
 
 @pytest.mark.parametrize("writer", ["us", "another with other bytes", "another with our bytes"])

@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -83,14 +84,14 @@ class FolderStore(Store):
             raise self._failure(error, key) from error
 
     def find(self, prefix: str = "") -> Iterator[StoredObject]:
-        folder = self._path(prefix.rpartition("/")[0])
         found = []
-        for path in folder.rglob("*"):
-            if path.name.startswith(_TEMPORARY) or not path.is_file():
-                continue
-            key = path.relative_to(self.root).as_posix()
-            if key.startswith(prefix):
-                found.append(StoredObject(key, path.stat().st_size))
+        # Unlike rglob, os.walk does not mind folders and files that another process deletes meanwhile.
+        for folder, _, names in os.walk(self._path(prefix.rpartition("/")[0])):
+            for path in (Path(folder, name) for name in names if not name.startswith(_TEMPORARY)):
+                key = path.relative_to(self.root).as_posix()
+                if key.startswith(prefix):
+                    with suppress(FileNotFoundError):
+                        found.append(StoredObject(key, path.stat().st_size))
         yield from sorted(found, key=lambda item: item.key)
 
     def delete(self, keys: Iterable[str]) -> None:
@@ -99,15 +100,29 @@ class FolderStore(Store):
             path.unlink(missing_ok=True)
             # S3 has no empty folders; neither have we.
             for parent in path.parents:
-                if parent == self.root or not parent.is_dir() or any(parent.iterdir()):
+                if parent == self.root:
                     break
-                parent.rmdir()
+                try:
+                    parent.rmdir()
+                except FileNotFoundError:
+                    continue  # another process was quicker
+                except OSError:
+                    break  # it holds something
 
     def _failure(self, error: OSError, key: str) -> StorageError:
         if isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError):
             return missing(self, key)
         remedy = "check the folder's permissions and free space"
         return StorageError("store-unreachable", store=self.uri, key=key, message=str(error), remedy=remedy)
+
+
+def _temporary_in(folder: Path) -> tuple[int, str]:
+    """As mkstemp, in a folder that is made first, and again if another process deletes it while empty."""
+    for _ in range(20):
+        with suppress(FileNotFoundError, FileExistsError):
+            folder.mkdir(parents=True, exist_ok=True)
+            return tempfile.mkstemp(prefix=_TEMPORARY, dir=folder)
+    return tempfile.mkstemp(prefix=_TEMPORARY, dir=folder)
 
 
 class _writing:  # noqa: N801 - used like a function
@@ -119,8 +134,7 @@ class _writing:  # noqa: N801 - used like a function
     def __enter__(self) -> Path:
         target = self.store._path(self.key)
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(prefix=_TEMPORARY, dir=target.parent)
+            handle, name = _temporary_in(target.parent)
         except OSError as error:
             raise self.store._failure(PermissionError(str(error)), self.key) from error
         os.close(handle)
