@@ -40,7 +40,8 @@ def main() -> None:
         "train.epochs=100000", "train.patience_epochs=100000", *job.settings,
     ])  # fmt: skip
     store = open_store(str(folder / "store"))
-    prepare(store, "crops", pairs.find_cases(Path(job.crops), recipe.data.pairs), recipe.data)
+    cases = pairs.find_cases(Path(job.crops), recipe.data.pairs)
+    prepare(store, "crops", cases, recipe.data, lambda done, total: None)
     best = train(store, "crops", "crops", recipe)
     lines = [json.loads(line) for line in store.get("runs/crops/metrics.jsonl").decode().splitlines()]
 
