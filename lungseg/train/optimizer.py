@@ -35,9 +35,6 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule):
         }[self.config.schedule]
         return self.peak * tf.where(step < warmup, rising, falling)
 
-    def get_config(self) -> dict[str, Any]:
-        raise NotImplementedError("rebuilt from the recipe, never from a saved optimiser")
-
 
 def make_optimizer(config: OptimizerConfig, schedule: Schedule, *, scale_loss: bool) -> Any:
     """AdamW or SGD with Nesterov momentum, decoupled weight decay (not on norms and biases); with a scaled

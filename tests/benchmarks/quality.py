@@ -4,11 +4,12 @@
         [--minutes 5 15] [--folds 0 1 2 3 4] [--only lungseg dynunet basicunet] [--set a.b=c ...]
 
 94 real LIDC nodules of 94 patients (51^3 voxels of 1 mm around each), 5 folds of patients. Every contestant
-trains on the same patients with the same two cores for the same minutes, counted from its first step's start
-(graph tracing and validation included, imports not), predicts the fold's test crops whole, and is scored here
-by the Dice of each nodule at probability 0.5. lungseg takes 8 of the training patients for validation; MONAI
-trains on all. Contestants take turns within a fold. Results are appended to a file as they come and are not
-measured again, so the 3 to 7 hours may be had in pieces; the table is printed from the file.
+trains on the same patients with the same two cores for the same minutes, counted from the start of its loop
+(graph tracing and validation included, imports and the building of the network not), predicts the fold's test
+crops whole, and is scored here by the Dice of each nodule at probability 0.5. lungseg takes 8 of the training
+patients for validation; MONAI trains on all. Contestants take turns within a fold. Results are appended to a
+file as they come and are not measured again, so the 3 to 7 hours may be had in pieces; the table is printed
+from the file.
 """
 
 from __future__ import annotations

@@ -2,9 +2,8 @@
 
     python quality_peer.py JOB.json
 
-The settings are those that did best here of what its tutorials use: AdamW, a cosine that ends with the time
-(by the time that has passed), random crops, mirrors, turns, intensity; bfloat16, in which this CPU is faster;
-channels last.
+AdamW, a cosine over the time that has passed, random crops, mirrors, turns, intensity;
+bfloat16, in which this CPU is faster; channels last. Learning rate, batch and widths have not been tuned.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from lungseg.config import load_recipe
 from lungseg.data.stream import Batch
 from lungseg.errors import RunError
 from lungseg.train.step import Stepper
+from lungseg.train.strategy import gpu_precision
 
 SHAPE = (12, 12, 12)
 
@@ -47,6 +48,16 @@ def batch(step: int) -> Batch:
 
 def train(one: Stepper, steps: range) -> list[tuple[float, float]]:
     return [tuple(float(part) for part in one.train(one.place(batch(step)))) for step in steps]  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("capability", "precision"),
+    [((6, 1), "float32"), ((7, 0), "mixed_float16"), ((7, 5), "mixed_float16"), ((8, 0), "mixed_bfloat16")],
+)
+def test_gpus_multiply_in_the_half_precision_that_their_tensor_cores_have(
+    capability: tuple[int, int], precision: str
+) -> None:
+    assert gpu_precision(capability) == precision
 
 
 def test_the_average_follows_its_formula_and_is_what_is_published() -> None:
