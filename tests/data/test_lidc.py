@@ -195,9 +195,9 @@ def test_thick_and_incomplete_scans_are_left_out_with_the_reason(scan, tmp_path)
     cases, (exclusion,) = find_cases(tmp_path, LidcConfig())
     assert cases == []
     assert exclusion.case_id == PATIENT
-    assert exclusion.reason == "incomplete: 40 of 103 slices are here"
+    assert (exclusion.code, exclusion.reason) == ("series-incomplete", "40 of 103 slices are here")
     _, (exclusion,) = find_cases(tmp_path, LidcConfig(max_slice_thickness_mm=2))
-    assert exclusion.reason == "slices of 2.5 mm, thicker than 2 mm"
+    assert (exclusion.code, exclusion.reason) == ("slices-thick", "slices of 2.5 mm, thicker than 2 mm")
 
 
 def test_regular_positions_have_one_spacing():
@@ -229,6 +229,20 @@ def test_folders_without_lidc_are_refused_with_a_remedy(tmp_path):
     write_series(tmp_path / "other", np.zeros((2, 4, 4), np.int16), geometry, "1.2.3", "1.2", "P")
     with pytest.raises(DataError, match=r"lidc-series-missing: 1 DICOM series here"):
         find_cases(tmp_path, LidcConfig())
-    (tmp_path / "other" / "0.dcm").write_bytes(b"no DICOM")
+    for file in (tmp_path / "other").iterdir():
+        file.write_bytes(b"no DICOM")
     with pytest.raises(DataError, match="dicom-unreadable"):
         find_cases(tmp_path, LidcConfig())
+    with pytest.raises(DataError, match=r"lidc-series-missing: 0 DICOM series here"):
+        find_cases(tmp_path, LidcConfig(), check=False)
+
+
+def test_a_broken_file_is_the_fault_of_its_own_scan_only(scan, tmp_path):
+    write(tmp_path / "scan", scan)
+    first = min((tmp_path / "scan").iterdir())
+    first.write_bytes(b"no DICOM")
+    (case,), exclusions = find_cases(tmp_path, LidcConfig())
+    assert exclusions == []
+    with pytest.raises(DataError, match="dicom-unreadable") as caught:
+        case.load()
+    assert first.name in str(caught.value)

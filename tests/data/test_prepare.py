@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import math
 import os
 import signal
 import subprocess
@@ -20,18 +18,18 @@ import pytest
 import SimpleITK as sitk  # noqa: N813
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from painted import labelled, write_pairs
 from unpacked import unpacked
 
-from lungseg.config import DataConfig, PairsConfig, PatchConfig, ShardConfig
+from lungseg.config import DataConfig, ShardConfig, SplitConfig
 from lungseg.data import pairs, shards
-from lungseg.data.case import LabelledScan, Nodule
-from lungseg.data.prepare import _scan_task, _shard_task, cut_patches, plan_shards, prepare, to_grid
-from lungseg.data.volume import Geometry, Volume
+from lungseg.data.case import Exclusion
+from lungseg.data.prepare import _shard_task, plan_shards, prepare
+from lungseg.data.scans import cut_patches, prepare_scan, to_grid
 from lungseg.data.volumes import read_volume
 from lungseg.errors import DataError
 from lungseg.storage import Store, open_store
 
-AXIAL = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
 TREE: dict[str, Any] = {
     "split": {"val": 0.25, "test": 0.25, "seed": 2},  # which deals four patients out as 2, 1 and 1
     "patch": {"shape_zyx": [16, 16, 16]},
@@ -42,37 +40,6 @@ CONFIG = DataConfig.model_validate(TREE)
 
 def quiet(done: int, total: int) -> None:
     pass
-
-
-def ball(geometry: Geometry, centre_mm: tuple[float, ...], radius_mm: float) -> np.ndarray:
-    place = geometry.to_lps_mm(np.stack(np.indices(geometry.shape_zyx), axis=-1))
-    return (np.linalg.norm(place - centre_mm, axis=-1) <= radius_mm).astype(np.uint8)
-
-
-def write_pairs(folder: Path, count: int, shape: tuple[int, int, int] = (14, 30, 24)) -> list[pairs.PairCase]:
-    """`count` scans of blobs, two of each patient, at (2.0, 1.0, 1.5) mm."""
-    rng = np.random.default_rng(0)
-    grid = Geometry(shape, (2.0, 1.0, 1.5), (-10.0, 5.0, 100.0), AXIAL)
-    reach = np.multiply(shape, grid.spacing_mm)[::-1]
-    names = [f"MUSTER^ERIKA^{number:02d}" for number in range(count)]
-    for name in names:
-        mask = np.zeros(shape, np.uint8)
-        for _ in range(2):
-            centre = grid.origin_lps_mm + rng.uniform(0.2, 0.8, 3) * reach
-            mask |= ball(grid, tuple(centre), rng.uniform(2.5, 4.5))
-        hu = rng.normal(-800, 80, shape) + 850.0 * mask
-        hu[:, : shape[1] // 3] = rng.normal(30, 20, hu[:, : shape[1] // 3].shape)
-        for kind, array in (("images", hu.astype(np.int16)), ("masks", mask)):
-            (folder / kind).mkdir(parents=True, exist_ok=True)
-            image = sitk.GetImageFromArray(array)
-            image.SetSpacing(grid.spacing_mm[::-1])
-            image.SetOrigin(grid.origin_lps_mm)
-            sitk.WriteImage(image, str(folder / kind / f"{name}.nii.gz"))
-    with (folder / "patients.csv").open("w", newline="") as file:
-        csv.writer(file).writerows(
-            [["name", "patient"], *([n, f"MUSTER^ERIKA-{i // 2}"] for i, n in enumerate(names))]
-        )
-    return pairs.find_cases(folder, PairsConfig())
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +57,10 @@ def prepared(
 
 def contents(store: Store) -> dict[str, bytes]:
     return {item.key: store.get(item.key) for item in store.find()}
+
+
+def of_data_sets(store: Store) -> dict[str, bytes]:
+    return {key: data for key, data in contents(store).items() if key.startswith("data/")}
 
 
 def times(folder: Path) -> dict[Path, int]:
@@ -127,7 +98,11 @@ def test_the_store_holds_what_the_manifest_names_and_nothing_else(
     store, manifest = prepared
     named = [shard for split in manifest.shards.values() for shard in split]
     named_keys = {one.key for one in [*named, *manifest.volumes["val"], *manifest.volumes["test"]]}
-    assert {item.key for item in store.find()} == named_keys | {"data/d/manifest.json"}
+    beside = {f"data/d/{file}" for file in ("manifest.json", "card.json", "card.html")}
+    kept = {f"scans/{path.name}" for path in Path(store.uri, "scans").iterdir()}
+    assert {item.key for item in store.find()} == named_keys | beside | kept
+    # Patches of all scans with their notes, and a note on each of four volumes.
+    assert Counter(key.rpartition(".")[2] for key in kept) == {"json": 12, "arrow": 8}
     assert {split: len(ids) for split, ids in manifest.cases.items()} == {"train": 4, "val": 2, "test": 2}
     assert len(manifest.shards["train"]) >= 1
     assert "test" not in manifest.shards
@@ -199,11 +174,12 @@ def test_what_a_killed_job_with_other_settings_left_is_swept_away(
     store = open_store(tmp_path)
     for key in ("work/x.json", "work/x.arrow", "shards/train-00077.arrow", "volumes/val/old.arrow"):
         store.put(f"data/d/{key}", b"stale")
-    scan = _scan_task(store, "d", cases[0], "val", CONFIG.model_copy(update={"spacing_mm": (2.0, 1.0, 1.0)}))
-    assert scan.work is not None
-    assert store.exists(scan.work.key)
+    coarser = CONFIG.model_copy(update={"spacing_mm": (2.0, 1.0, 1.0)})
+    scan = prepare_scan(store, "d", cases[0], "val", coarser)
+    assert scan.volume is not None
+    assert store.exists(scan.volume.key)
     prepare(store, "d", cases, CONFIG, quiet)
-    assert contents(store) == contents(prepared[0])
+    assert of_data_sets(store) == of_data_sets(prepared[0])
 
 
 def test_a_scan_that_cannot_be_read_ends_in_its_own_error_and_no_manifest(
@@ -220,6 +196,36 @@ def test_a_scan_that_cannot_be_read_ends_in_its_own_error_and_no_manifest(
     assert str(image) in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not store.exists("data/d/manifest.json")
+
+
+def test_broken_scans_are_listed_and_left_out_on_demand_only(
+    ray_cluster: object, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cases = write_pairs(tmp_path / "pairs", 8)
+    train = prepare(open_store(tmp_path / "whole"), "d", cases, CONFIG, quiet).cases["train"]
+    broken = [case for case in cases if case.case_id in train][:2]
+    broken[0].image.write_bytes(broken[0].image.read_bytes()[:-200])
+    image = sitk.ReadImage(str(broken[1].mask))
+    sitk.WriteImage(image[:-1], str(broken[1].mask))
+    store = open_store(tmp_path / "store")
+    thick = Exclusion("t", "slices-thick", "slices of 5 mm, thicker than 2.5 mm")
+
+    with pytest.raises(DataError, match=r"scans-broken.*2 of 8.*--skip-broken") as caught:
+        prepare(store, "d", cases, CONFIG, quiet, [thick])
+    assert "1 grid-mismatch" in str(caught.value)
+    assert all(any(case.case_id in line for line in caplog.messages) for case in broken)
+    assert not store.exists("data/d/manifest.json")
+
+    manifest = prepare(store, "d", cases, CONFIG, quiet, [thick], skip_broken=True)
+    found = {row["case"]: row["code"] for row in manifest.excluded}
+    codes = {broken[0].case_id: "image-unreadable", broken[1].case_id: "grid-mismatch"}
+    assert found == codes | {"t": "slices-thick"}
+    assert set(manifest.cases["train"]) == set(train) - set(codes)
+    assert b"MUSTER" not in store.get("data/d/manifest.json")
+    # The data set stays what it is; whoever did not allow it is told so.
+    assert prepare(store, "d", cases, CONFIG, quiet, [thick], skip_broken=True) == manifest
+    with pytest.raises(DataError, match=r"scans-broken.*2 broken scans were left out"):
+        prepare(store, "d", cases, CONFIG, quiet, [thick])
 
 
 def test_a_file_of_splits_is_followed(cases: list[pairs.PairCase], tmp_path: Path) -> None:
@@ -244,7 +250,7 @@ def test_a_killed_job_goes_on_where_it_died_and_gives_the_same_data_set(
     undisturbed = open_store(tmp_path / "undisturbed")
     prepare(undisturbed, "d", many, CONFIG, quiet)
     store = open_store(tmp_path / "killed")
-    work = tmp_path / "killed/data/d/work"
+    kept = tmp_path / "killed/scans"
 
     command = [sys.executable, "-m", "lungseg.cli", "prepare", "pairs", str(tmp_path / "pairs")]
     command += ["--store", store.uri, "--data", "d", "--set", "data.split={val: 0.25, test: 0.25, seed: 2}"]
@@ -253,7 +259,7 @@ def test_a_killed_job_goes_on_where_it_died_and_gives_the_same_data_set(
         process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
     try:
         until = time.monotonic() + 100
-        while not list(work.glob("*.json")):
+        while not list(kept.glob("*.json")):
             assert process.poll() is None, (tmp_path / "log").read_text()
             assert time.monotonic() < until
             time.sleep(0.002)
@@ -261,15 +267,72 @@ def test_a_killed_job_goes_on_where_it_died_and_gives_the_same_data_set(
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     time.sleep(2)  # Ray's own processes follow their driver
-    done = {path.stem.rpartition("-")[0] for path in work.glob("*.json")}
+    done = {path.stem.rpartition("-")[0] for path in kept.glob("*.json")}
     assert 0 < len(done) < 24
     assert not store.exists("data/d/manifest.json")
 
     for case in many:
         if case.case_id in done:
-            case.image.unlink()  # what is done must not be read again
+            spoil(case.image)  # what is done must not be read again
     prepare(store, "d", many, CONFIG, quiet)
     assert contents(store) == contents(undisturbed)
+
+
+def spoil(file: Path) -> None:
+    """Other bytes, which nobody who only looks at the file's size and time will notice."""
+    status = file.stat()
+    file.write_bytes(bytes(status.st_size))
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+@pytest.mark.parametrize(
+    ("change", "read_again"),
+    [
+        ({"shard": {"target_mib": 1, "rows_per_batch": 3}}, set()),
+        ({"split": {"val": 0.25, "test": 0.25, "seed": 2, "folds": 2}}, {"val", "test"}),
+        ({"spacing_mm": [1.0, 1.0, 1.1]}, {"train", "val", "test"}),
+    ],
+)
+def test_another_setting_reads_again_only_what_depends_on_it(
+    prepared: tuple[Store, shards.Manifest], tmp_path: Path, change: dict[str, Any], read_again: set[str]
+) -> None:
+    """Only the scans of `read_again` can be read by then: those that are held out for the first time."""
+    cases = write_pairs(tmp_path / "pairs", 8)
+    store = open_store(tmp_path / "store")
+    config = DataConfig.model_validate(TREE | change)
+    fresh = prepare(open_store(tmp_path / "fresh"), "other", cases, config, quiet)
+    before = prepare(store, "d", cases, CONFIG, quiet).volumes
+    had = (
+        {entry.case_id for split in before.values() for entry in split}
+        if "train" not in read_again
+        else set()
+    )
+    needed = {case for split in read_again for case in fresh.cases[split]} - had
+    for case in cases:
+        if case.case_id not in needed:
+            spoil(case.image)
+    assert 0 < len(needed) < 8 or read_again != {"val", "test"}
+    assert prepare(store, "other", cases, config, quiet) == fresh
+
+
+def test_more_scans_read_only_those_that_are_new(ray_cluster: object, tmp_path: Path) -> None:
+    cases = write_pairs(tmp_path / "pairs", 8)
+    store = open_store(tmp_path / "store")
+    config = CONFIG.model_copy(update={"split": SplitConfig(val=0.0, test=0.0)})
+    prepare(store, "few", cases[:5], config, quiet)
+    for case in cases[:5]:
+        spoil(case.image)
+    assert prepare(store, "all", cases, config, quiet).counts["train"]["scans"] == 8
+
+
+def test_a_scan_whose_file_has_changed_is_read_again(ray_cluster: object, tmp_path: Path) -> None:
+    cases = write_pairs(tmp_path / "pairs", 4)
+    store = open_store(tmp_path / "store")
+    first = prepare(store, "d", cases, CONFIG, quiet)
+    cases[1].mask.write_bytes(cases[2].mask.read_bytes())
+    second = prepare(store, "mended", cases, CONFIG, quiet)
+    changed = {case for case in first.scans if first.scans[case] != second.scans[case]}
+    assert changed == {cases[1].case_id}
 
 
 def test_a_shard_that_a_killed_job_finished_is_not_written_again(
@@ -302,19 +365,6 @@ def test_a_shard_that_a_killed_job_finished_is_not_written_again(
     assert store.size(first.key) == first.bytes
 
 
-def test_jobs_of_other_settings_under_one_name_write_other_objects(
-    cases: list[pairs.PairCase], tmp_path: Path
-) -> None:
-    """What the second writes leaves the bytes of the first as they were."""
-    store = open_store(tmp_path)
-    coarser = CONFIG.model_copy(update={"spacing_mm": (1.0, 1.0, 1.1)})
-    ours, before = _scan_task(store, "d", cases[0], "val", CONFIG), contents(store)
-    theirs = _scan_task(store, "d", cases[0], "val", coarser)
-    assert {key: store.get(key) for key in before} == before
-    assert ours.work and theirs.work and ours.volume and theirs.volume  # noqa: PT018
-    assert len({one.key for one in (ours.work, theirs.work, ours.volume, theirs.volume)}) == 4
-
-
 def test_of_two_jobs_at_once_one_owns_the_name_and_its_data_set_is_whole(
     prepared: tuple[Store, shards.Manifest], cases: list[pairs.PairCase], tmp_path: Path
 ) -> None:
@@ -340,52 +390,6 @@ def test_of_two_jobs_at_once_one_owns_the_name_and_its_data_set_is_whole(
         assert all(read_volume(store, entry) for entry in manifest.volumes[split])
     if len(lost) == 1:
         assert manifest == prepared[1]
-
-
-def labelled(shape: tuple[int, int, int], spacing_mm: tuple[float, float, float]) -> LabelledScan:
-    """A ball of 6 mm radius as nodule, one of 5 mm beside it to be ignored, where the two overlap both."""
-    grid = Geometry(shape, spacing_mm, (-30.0, 12.5, -400.0), AXIAL)
-    centre = grid.to_lps_mm(np.subtract(shape, 1) / 2)
-    mask, ignore = ball(grid, tuple(centre), 6), ball(grid, (*(centre[:2] + 7), centre[2]), 5)
-    hu = np.full(shape, -800, np.int16)
-    hu[mask == 1] = 50
-    x, y, z = centre.tolist()
-    return LabelledScan(Volume(hu, grid), mask, ignore, (Nodule("n1", (x, y, z), 12.0, 4),))
-
-
-@pytest.mark.parametrize("spacing_mm", [(2.5, 0.7, 0.7), (1.25, 0.6, 0.6), (1.0, 1.0, 1.0), (0.5, 0.9, 1.3)])
-def test_resampling_keeps_the_volume_of_a_ball(spacing_mm: tuple[float, float, float]) -> None:
-    shape = tuple(math.ceil(40 / step) for step in spacing_mm)
-    scan = labelled(shape, spacing_mm)  # type: ignore[arg-type]
-    stored, _ = to_grid(scan, (1.0, 1.0, 1.0))
-    drawn_mm3 = scan.mask.sum() * math.prod(spacing_mm)
-    assert (stored.mask == 1).sum() == pytest.approx(drawn_mm3, rel=0.03)
-    index = stored.volume.geometry.to_lps_mm(np.argwhere(stored.mask == 1).mean(axis=0))
-    assert index == pytest.approx(scan.nodules[0].centre_lps_mm, abs=0.15)
-
-
-def test_ignore_regions_are_255_and_never_on_a_nodule() -> None:
-    scan = labelled((20, 40, 40), (2.0, 1.0, 1.0))
-    assert (scan.mask & scan.ignore).any()
-    stored, ignore = to_grid(scan, (2.0, 1.0, 1.0))
-    np.testing.assert_array_equal(stored.mask == 1, scan.mask == 1)
-    np.testing.assert_array_equal(stored.mask == 255, (scan.ignore == 1) & (scan.mask == 0))
-    np.testing.assert_array_equal(ignore, stored.mask == 255)
-    found = cut_patches("c", scan, stored, ignore, PatchConfig(shape_zyx=(16, 16, 16)))
-    assert {patch.stratum for patch in found if (patch.mask != 0).any()} == {"nodule"}
-    assert any((patch.mask == shards.IGNORE).any() for patch in found)
-
-
-def test_a_crop_smaller_than_a_patch_is_filled_with_air() -> None:
-    scan = labelled((9, 20, 15), (1.0, 1.0, 1.0))
-    stored, ignore = to_grid(scan, (1.0, 1.0, 1.0))
-    found = cut_patches("c", scan, stored, ignore, PatchConfig(shape_zyx=(32, 32, 32), jitter=0.0))
-    assert [patch.stratum for patch in found] == ["nodule"] * 4
-    for patch in found:
-        assert patch.image_hu.shape == patch.mask.shape == (32, 32, 32)
-        assert (patch.image_hu == -1024).sum() == 32**3 - 9 * 20 * 15
-        assert (patch.mask == 1).sum() == scan.mask.sum()
-        assert patch.centre_lps_mm == pytest.approx(scan.nodules[0].centre_lps_mm, abs=0.51)
 
 
 names = st.text("abcdef0123456789-", min_size=1, max_size=6)

@@ -293,13 +293,14 @@ def test_variables_take_what_fits() -> None:
     assert {path: array.tolist() for path, array in arrays(variables).items()} == {"a": [1] * 3, "b": [2] * 4}
 
 
-def test_minutes_hold_as_many_epochs_as_those_before_took() -> None:
+def test_minutes_hold_as_many_epochs_as_fit_if_each_takes_as_long_as_the_latest() -> None:
     config = TrainConfig(max_minutes=1, epochs=10)
     begun = TrainState("a", 0, 0, "", {})
     assert begun.last_epoch(config) == 10
     assert not begun.ended(config)
-    for epoch, seconds, last in ((1, 14.9, 4), (3, 45.0, 4), (4, 59.0, 4), (2, 70.0, 2), (2, 1.0, 10)):
-        state = replace(begun, epoch=epoch, seconds=seconds)
+    for epoch, seconds, last in ((1, 14.9, 4), (3, 35.0, 4), (3, 50.0, 3), (2, 70.0, 2), (2, 1.0, 6)):
+        latest = {"train_seconds": 10.0, "val_seconds": 4.0}
+        state = replace(begun, epoch=epoch, seconds=seconds, metrics=latest)
         assert state.last_epoch(config) == last
         assert state.ended(config) == (epoch == last)
         assert not replace(state, losses=[0.1]).ended(config)
