@@ -112,8 +112,8 @@ def test_without_arguments_there_is_help(
     [
         ("demo", "--out --store"),
         ("phantom", "--out --scans --seed"),
-        ("prepare lidc", "--store --data --recipe --set"),
-        ("prepare pairs", "--store --data --recipe --set"),
+        ("prepare lidc", "--store --data --recipe --set --skip-broken"),
+        ("prepare pairs", "--store --data --recipe --set --skip-broken"),
         ("train", "--store --data --run --recipe --set --resume --new"),
         ("tune", "--store --data --run --trials --recipe --set"),
         ("evaluate", "--store --run --split --out"),

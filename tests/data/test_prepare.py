@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import SimpleITK as sitk  # noqa: N813
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from painted import labelled, write_pairs
@@ -23,7 +22,6 @@ from unpacked import unpacked
 
 from lungseg.config import DataConfig, ShardConfig, SplitConfig
 from lungseg.data import pairs, shards
-from lungseg.data.case import Exclusion
 from lungseg.data.prepare import _shard_task, plan_shards, prepare
 from lungseg.data.scans import cut_patches, prepare_scan, to_grid
 from lungseg.data.volumes import read_volume
@@ -182,52 +180,6 @@ def test_what_a_killed_job_with_other_settings_left_is_swept_away(
     assert of_data_sets(store) == of_data_sets(prepared[0])
 
 
-def test_a_scan_that_cannot_be_read_ends_in_its_own_error_and_no_manifest(
-    ray_cluster: object, tmp_path: Path
-) -> None:
-    broken = write_pairs(tmp_path / "pairs", 3)
-    image = broken[1].image
-    image.write_bytes(image.read_bytes()[:-200])
-    store = open_store(tmp_path / "store")
-    with pytest.raises(DataError) as caught:
-        prepare(store, "d", broken, CONFIG, quiet)
-    assert caught.value.code == "image-unreadable"
-    assert type(caught.value) is DataError
-    assert str(image) in str(caught.value)
-    assert "\n" not in str(caught.value)
-    assert not store.exists("data/d/manifest.json")
-
-
-def test_broken_scans_are_listed_and_left_out_on_demand_only(
-    ray_cluster: object, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    cases = write_pairs(tmp_path / "pairs", 8)
-    train = prepare(open_store(tmp_path / "whole"), "d", cases, CONFIG, quiet).cases["train"]
-    broken = [case for case in cases if case.case_id in train][:2]
-    broken[0].image.write_bytes(broken[0].image.read_bytes()[:-200])
-    image = sitk.ReadImage(str(broken[1].mask))
-    sitk.WriteImage(image[:-1], str(broken[1].mask))
-    store = open_store(tmp_path / "store")
-    thick = Exclusion("t", "slices-thick", "slices of 5 mm, thicker than 2.5 mm")
-
-    with pytest.raises(DataError, match=r"scans-broken.*2 of 8.*--skip-broken") as caught:
-        prepare(store, "d", cases, CONFIG, quiet, [thick])
-    assert "1 grid-mismatch" in str(caught.value)
-    assert all(any(case.case_id in line for line in caplog.messages) for case in broken)
-    assert not store.exists("data/d/manifest.json")
-
-    manifest = prepare(store, "d", cases, CONFIG, quiet, [thick], skip_broken=True)
-    found = {row["case"]: row["code"] for row in manifest.excluded}
-    codes = {broken[0].case_id: "image-unreadable", broken[1].case_id: "grid-mismatch"}
-    assert found == codes | {"t": "slices-thick"}
-    assert set(manifest.cases["train"]) == set(train) - set(codes)
-    assert b"MUSTER" not in store.get("data/d/manifest.json")
-    # The data set stays what it is; whoever did not allow it is told so.
-    assert prepare(store, "d", cases, CONFIG, quiet, [thick], skip_broken=True) == manifest
-    with pytest.raises(DataError, match=r"scans-broken.*2 broken scans were left out"):
-        prepare(store, "d", cases, CONFIG, quiet, [thick])
-
-
 def test_a_file_of_splits_is_followed(cases: list[pairs.PairCase], tmp_path: Path) -> None:
     (tmp_path / "splits.csv").write_text("patient,split\nMUSTER^ERIKA-0,val\n")
     config = DataConfig.model_validate({"split": {"file": tmp_path / "splits.csv"}})
@@ -302,12 +254,10 @@ def test_another_setting_reads_again_only_what_depends_on_it(
     config = DataConfig.model_validate(TREE | change)
     fresh = prepare(open_store(tmp_path / "fresh"), "other", cases, config, quiet)
     before = prepare(store, "d", cases, CONFIG, quiet).volumes
-    had = (
-        {entry.case_id for split in before.values() for entry in split}
-        if "train" not in read_again
-        else set()
-    )
-    needed = {case for split in read_again for case in fresh.cases[split]} - had
+    had = {entry.case_id for split in before.values() for entry in split}
+    needed = {case for split in read_again for case in fresh.cases[split]}
+    if "train" not in read_again:
+        needed -= had
     for case in cases:
         if case.case_id not in needed:
             spoil(case.image)
