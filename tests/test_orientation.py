@@ -18,7 +18,7 @@ from lungseg.config import PatchConfig, parse_recipe
 from lungseg.data.case import LabelledScan, Nodule
 from lungseg.data.dicom import read_series
 from lungseg.data.phantom import write_series
-from lungseg.data.prepare import cut_patches, to_grid
+from lungseg.data.scans import cut_patches, to_grid
 from lungseg.data.volume import Geometry, vector
 from lungseg.segment.predict import segment, write
 

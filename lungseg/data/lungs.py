@@ -12,10 +12,11 @@ from __future__ import annotations
 import math
 
 import cc3d
+import edt
 import numpy as np
 from scipy import ndimage
 
-from lungseg.data.volume import Geometry, Volume, resample_onto, vector
+from lungseg.data.volume import Geometry, Volume, vector
 
 BLOCK_MM = 2.5
 AIR_BELOW_HU = -320
@@ -29,12 +30,10 @@ SECOND_SHARE = 0.2  # of the first lung's volume; where both are one region, bow
 def lung_mask(volume: Volume) -> np.ndarray:
     """Both lungs as uint8 [z, y, x] on the grid of `volume`; all zero where no lungs are found."""
     blocks_hu, grid = _blocks(volume)
-    lungs = np.zeros(blocks_hu.shape, np.float32)
+    lungs = np.zeros(blocks_hu.shape, bool)
     for lung in _largest(blocks_hu, grid):
-        lungs[_closed(lung, grid.spacing_mm)] = 1
-    if not lungs.any():
-        return np.zeros(volume.volume_hu.shape, np.uint8)
-    return (resample_onto(lungs, grid, volume.geometry, nearest=False) >= 0.5).astype(np.uint8)
+        lungs |= _closed(lung, grid.spacing_mm)
+    return _onto_voxels(lungs, volume.geometry.shape_zyx)
 
 
 def _blocks(volume: Volume) -> tuple[np.ndarray, Geometry]:
@@ -55,6 +54,36 @@ def _blocks(volume: Volume) -> tuple[np.ndarray, Geometry]:
         geometry.direction_lps,
     )
     return means, grid
+
+
+def _onto_voxels(lungs: np.ndarray, shape_zyx: tuple[int, int, int]) -> np.ndarray:
+    """uint8: where the linear interpolation between the middles of blocks reaches 0.5.
+
+    One axis after the other, and plane by plane so that it stays in the CPU's cache: less than half the time
+    of a resampling that knows nothing of the two grids.
+    """
+    blocks = lungs.astype(np.float32)
+    in_z, in_y, in_x = (
+        _neighbours(count, length) for count, length in zip(lungs.shape, shape_zyx, strict=True)
+    )
+    (front, back, along_y), (left, right, along_x) = in_y, in_x
+    along_y = along_y[:, np.newaxis]
+    result = np.zeros(shape_zyx, np.uint8)
+    for plane, below, above, along_z in zip(result, *in_z, strict=True):
+        coarse = blocks[below] * (1 - along_z) + blocks[above] * along_z
+        if coarse.any():
+            rows = coarse[:, left] * (1 - along_x) + coarse[:, right] * along_x
+            plane[:] = rows[front] * (1 - along_y) + rows[back] * along_y >= 0.5
+    return result
+
+
+def _neighbours(blocks: int, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each voxel the two blocks between whose middles it lies, and the share of the second; beyond the
+    outermost middles these extend."""
+    factor = -(-length // blocks)
+    at = np.clip((np.arange(length) + 0.5) / factor - 0.5, 0, blocks - 1)
+    below = np.floor(at).astype(int)
+    return below, np.minimum(below + 1, blocks - 1), (at - below).astype(np.float32)
 
 
 def _largest(blocks_hu: np.ndarray, grid: Geometry) -> list[np.ndarray]:
@@ -99,7 +128,7 @@ def _closed(lung: np.ndarray, spacing_mm: tuple[float, float, float]) -> np.ndar
     padded = np.pad(lung, margin)
     box = ndimage.find_objects(padded.view(np.uint8))[0]
     box = tuple(slice(one.start - pad[0], one.stop + pad[0]) for one, pad in zip(box, margin, strict=True))
-    grown = ndimage.distance_transform_edt(~padded[box], spacing_mm) <= CLOSING_MM
-    closed = ndimage.distance_transform_edt(grown, spacing_mm) > CLOSING_MM
+    grown = edt.edt(~padded[box], spacing_mm) <= CLOSING_MM
+    closed = edt.edt(grown, spacing_mm) > CLOSING_MM
     padded[box] |= ndimage.binary_fill_holes(closed)
     return padded[tuple(slice(pad[0], -pad[0]) for pad in margin)]

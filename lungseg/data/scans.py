@@ -21,7 +21,7 @@ from lungseg.data import patches, shards
 from lungseg.data.case import Case, LabelledScan, ScanFacts
 from lungseg.data.lungs import lung_mask
 from lungseg.data.shards import FORMAT, IGNORE, Patch, Shard
-from lungseg.data.volume import AIR_HU, Volume, resample, resample_onto, vector
+from lungseg.data.volume import AIR_HU, Volume, resample, resample_mask, vector
 from lungseg.data.volumes import StoredVolume, VolumeEntry, copy_volume, write_volume
 from lungseg.storage import Store, to_json
 
@@ -107,13 +107,9 @@ def to_grid(scan: LabelledScan, spacing_mm: tuple[float, float, float]) -> tuple
     regions alone. Masks go through linear interpolation and 0.5, which keeps a nodule's volume."""
     volume = resample(scan.volume, spacing_mm)
 
-    def onto(mask: np.ndarray) -> np.ndarray:
-        if not mask.any():
-            return np.zeros(volume.geometry.shape_zyx, bool)
-        soft = resample_onto(mask.astype(np.float32), scan.volume.geometry, volume.geometry, nearest=False)
-        return soft >= 0.5
-
-    target, ignore = onto(scan.mask), onto(scan.ignore)
+    target, ignore = (
+        resample_mask(mask, scan.volume.geometry, volume.geometry) for mask in (scan.mask, scan.ignore)
+    )
     mask = np.where(target, np.uint8(1), np.where(ignore, np.uint8(IGNORE), np.uint8(0)))
     return StoredVolume(volume, mask), ignore & ~target
 

@@ -8,12 +8,13 @@ centre of a voxel, so a volume reaches half a voxel beyond its first and last ce
 from __future__ import annotations
 
 import gzip
+import itertools
 import math
 import os
 import struct
 import zlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +62,12 @@ class Geometry:
         offset_xyz = np.asarray(lps_mm, np.float64) - self.origin_lps_mm
         # A direction matrix is orthonormal: its inverse is its transpose.
         return (offset_xyz @ np.asarray(self.direction_lps) / self.spacing_mm[::-1])[..., ::-1]
+
+    def part(self, box: tuple[slice, ...]) -> Geometry:
+        """The grid of the voxels in `box`."""
+        depth, height, width = (side.stop - side.start for side in box)
+        first = vector(self.to_lps_mm(np.array([side.start for side in box])))
+        return replace(self, shape_zyx=(depth, height, width), origin_lps_mm=first)
 
 
 @dataclass(frozen=True)
@@ -165,8 +172,37 @@ def resample_onto(
     resampler.SetOutputDirection(np.ravel(target.direction_lps).tolist())
     resampler.SetInterpolator(sitk.sitkNearestNeighbor if nearest else sitk.sitkLinear)
     resampler.SetDefaultPixelValue(outside)
-    result = sitk.GetArrayFromImage(resampler.Execute(_to_sitk(array.astype(work, copy=False), source)))
-    return result if work == dtype else np.rint(result).astype(dtype)
+    image = resampler.Execute(_to_sitk(array.astype(work, copy=False), source))
+    if work == dtype:
+        return sitk.GetArrayFromImage(image)
+    result = np.empty(target.shape_zyx, dtype)
+    for plane, values in zip(result, sitk.GetArrayViewFromImage(image), strict=True):
+        plane[:] = np.rint(values)  # plane by plane: whole arrays of floats do not fit into a CPU's cache
+    return result
+
+
+def resample_mask(mask: np.ndarray, source: Geometry, target: Geometry) -> np.ndarray:
+    """bool [z, y, x] on `target`: where linear interpolation of `mask` (bool or 0 and 1) reaches 0.5, which
+    keeps the volume of what is masked. Only the surroundings of the mask are computed."""
+    result = np.zeros(target.shape_zyx, bool)
+    sides = [np.flatnonzero(mask.any(axis=others)) for others in ((1, 2), (0, 2), (0, 1))]
+    if not sides[0].size:
+        return result
+    inside = _box(np.array([side[[0, -1]] for side in sides]), mask.shape)
+    corners = np.array(list(itertools.product(*((side.start - 1, side.stop) for side in inside))))
+    around = _box(target.to_index_zyx(source.to_lps_mm(corners)).T, result.shape)
+    if around:
+        part = mask[inside].astype(np.float32)
+        soft = resample_onto(part, source.part(inside), target.part(around), nearest=False)
+        result[around] = soft >= 0.5
+    return result
+
+
+def _box(indices_zyx: np.ndarray, shape_zyx: tuple[int, ...]) -> tuple[slice, ...]:
+    """Of indices [3, n] and a voxel around them, as far as it lies in the grid; () where it does not."""
+    first = np.maximum(np.floor(indices_zyx.min(axis=1)).astype(int) - 1, 0)
+    stop = np.minimum(np.ceil(indices_zyx.max(axis=1)).astype(int) + 2, shape_zyx)
+    return tuple(map(slice, first.tolist(), stop.tolist())) if (first < stop).all() else ()
 
 
 def _open(path: Path) -> sitk.ImageFileReader:

@@ -45,6 +45,8 @@ def predict_volume(
             window_zyx=config.window_zyx,
             remedy=f"make every side of segment.window_zyx a multiple of {multiple}, the network's stride",
         )
+    if config.mirror:
+        predict = mirrored(predict)
     if lungs is None or not config.lungs_only:
         return _tile(predict, volume_hu, config, None, progress, multiple)
     total = np.zeros(volume_hu.shape, np.float32)
@@ -52,6 +54,20 @@ def predict_volume(
     if box:
         total[box] = _tile(predict, volume_hu[box], config, lungs[box], progress, multiple)
     return total
+
+
+def mirrored(predict: Predictor) -> Predictor:
+    """The mean of what `predict` gives for the eight mirror images of a window, each mirrored back."""
+    sides = [slice(None), slice(None, None, -1)]
+    images = [(slice(None), *along, slice(None)) for along in itertools.product(sides, repeat=3)]
+
+    def mean(windows: np.ndarray) -> np.ndarray:
+        total = np.zeros(windows.shape, np.float32)
+        for image in images:
+            total += np.asarray(predict(np.ascontiguousarray(windows[image])))[image]
+        return total / len(images)
+
+    return mean
 
 
 def _around(lungs: np.ndarray) -> tuple[slice, ...]:

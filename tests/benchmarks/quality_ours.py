@@ -2,7 +2,8 @@
 
     python quality_ours.py JOB.json
 
-Writes masks.npz into the job's folder and prints what was done as JSON.
+Writes masks.npz, and plain.npz of the same network without mirror images, into the job's folder and prints
+what was done as JSON.
 """
 
 from __future__ import annotations
@@ -48,13 +49,16 @@ def main() -> None:
     from lungseg.train.export import load_best
 
     model = load_best(store, "crops")
-    masks = {}
+    masks, plain = {}, {}
     for name in job.split["test"]:
         image = sitk.ReadImage(str(Path(job.crops) / "images" / f"{name}.nii.gz"))
         volume_hu = sitk.GetArrayFromImage(image).astype(np.int16)
         settings, stride = recipe.segment, recipe.model.total_stride
         masks[name] = predict_volume(model.predict, volume_hu, settings, multiple=stride) >= 0.5
+        once = settings.model_copy(update={"mirror": False})
+        plain[name] = predict_volume(model.predict, volume_hu, once, multiple=stride) >= 0.5
     np.savez_compressed(folder / "masks.npz", **masks)
+    np.savez_compressed(folder / "plain.npz", **plain)
     seconds, best_dice = lines[-1]["seconds"], best["val_dice"]
     print(json.dumps({"steps": lines[-1]["step"], "seconds": seconds, "val_dice": best_dice}))
 

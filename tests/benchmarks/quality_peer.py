@@ -24,7 +24,7 @@ from monai.losses import DiceCELoss
 from monai.networks.nets import BasicUNet, DynUNet
 from monai.utils import set_determinism
 
-THREADS, BATCH, CROP, RATE, WARMUP = 2, 4, 48, 2e-3, 20
+THREADS, CROP, RATE, WARMUP = 2, 48, 2e-3, 20
 FILTERS = (16, 32, 64, 128)
 
 
@@ -56,7 +56,7 @@ def loader(job: Any) -> DataLoader:
         for name in job.split["train"]
     ]
     data = CacheDataset(files, mt.Compose(steps), progress=False)
-    return DataLoader(data, batch_size=BATCH, shuffle=True, num_workers=0, drop_last=True)
+    return DataLoader(data, batch_size=job.batch, shuffle=True, num_workers=0, drop_last=True)
 
 
 def train(job: Any, model: torch.nn.Module, batches: DataLoader) -> int:

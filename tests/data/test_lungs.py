@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from lungseg.data.dicom import read_series
-from lungseg.data.lungs import lung_mask
-from lungseg.data.volume import Geometry, Volume, read_image, resample
+from lungseg.data.lungs import _blocks, _onto_voxels, lung_mask
+from lungseg.data.volume import Geometry, Volume, read_image, resample, resample_onto
 
 REAL = Path(__file__).parents[3] / "shared" / "data"
 SPACING = (3.0, 1.6, 1.6)
@@ -136,6 +136,19 @@ def test_scans_without_lungs_give_an_empty_mask():
     no_lungs = np.where(lungs, np.int16(40), volume.volume_hu)  # body, air around it, table, gas in the bowel
     for hu in (no_lungs, np.full_like(no_lungs, 40), np.full_like(no_lungs, -1000)):
         assert not lung_mask(Volume(hu, volume.geometry)).any()
+
+
+@pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (0.7, 1.3, 2.6)])
+def test_voxels_are_interpolated_between_the_middles_of_blocks_as_itk_does(spacing):
+    shape = (31, 40, 26)
+    blocks, grid = _blocks(Volume(np.zeros(shape, np.int16), Geometry(shape, spacing, (5, 6, 7), IDENTITY)))
+    chosen = np.random.default_rng(0).random(blocks.shape) < 0.5
+    target = Geometry(shape, spacing, (5.0, 6.0, 7.0), IDENTITY)
+    soft = resample_onto(chosen.astype(np.float32), grid, target, nearest=False)
+    found = _onto_voxels(chosen, shape)
+    decided = np.abs(soft - 0.5) > 1e-4
+    assert decided.mean() > 0.7
+    np.testing.assert_array_equal(found[decided], soft[decided] > 0.5)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 300, 3), (51, 51, 51)])

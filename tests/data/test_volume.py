@@ -22,6 +22,7 @@ from lungseg.data.volume import (
     read_image,
     read_labels,
     resample,
+    resample_mask,
     resample_onto,
     vector,
     write_mask,
@@ -310,3 +311,25 @@ def test_a_file_cut_short_is_refused(tmp_path, suffix, compressed):
     with pytest.raises(DataError) as caught:
         read_image(cut)
     assert caught.value.code == "image-unreadable"
+
+
+@given(
+    st.integers(0, 10**6),
+    st.tuples(*[st.floats(0.5, 3)] * 6),
+    st.sampled_from(list(itertools.permutations(range(3)))),
+    st.floats(-12, 12),
+)
+@settings(deadline=None, max_examples=60)
+def test_a_mask_in_its_own_surroundings_is_the_mask_resampled_whole(seed, spacings, axes, shift):
+    random = np.random.default_rng(seed)
+    shape = tuple(int(n) for n in random.integers(3, 14, 3))
+    mask = np.zeros(shape, bool)
+    low = random.integers(0, shape)
+    mask[tuple(slice(a, a + int(random.integers(0, 6))) for a in low)] = True
+    mask &= random.random(shape) < 0.8
+    direction = np.eye(3)[list(axes)] * random.choice([-1, 1], 3)
+    source = Geometry(shape, spacings[:3], (3.0, -5.0, 8.0), tuple(vector(row) for row in direction))
+    grid = geometry_of((12, 17, 15), spacings[3:], (-8.0 + shift, -14.0, -3.0))
+    whole = resample_onto(mask.astype(np.float32), source, grid, nearest=False)
+    decided = np.abs(whole - 0.5) > 1e-4
+    np.testing.assert_array_equal(resample_mask(mask, source, grid)[decided], whole[decided] > 0.5)

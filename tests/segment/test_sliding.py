@@ -142,3 +142,17 @@ def test_only_the_lungs_box_and_its_context_is_tiled_and_every_voxel_keeps_its_p
     )
     assert 0 < calls[-1] <= 8  # of 100 that tile the scan
     assert (predict_volume(pointwise, volume, config, lungs=np.zeros_like(lungs)) == 0).all()
+
+
+def test_mirroring_takes_out_what_depends_on_the_side() -> None:
+    """A predictor that adds a ramp along each axis, which is 0 on average over its mirror images."""
+    ramp = sum(np.meshgrid(*[np.linspace(-s, s, 16) for s in (0.1, 0.2, 0.05)], indexing="ij"))
+
+    def lopsided(windows: np.ndarray) -> np.ndarray:
+        return windows / 1000 + ramp[..., np.newaxis]
+
+    hu = np.random.default_rng(0).integers(0, 900, (16, 16, 16)).astype(np.int16)
+    plain = SegmentConfig(window_zyx=(16, 16, 16))
+    assert np.abs(predict_volume(lopsided, hu, plain) - hu / 1000).max() > 0.3
+    even = predict_volume(lopsided, hu, plain.model_copy(update={"mirror": True}))
+    np.testing.assert_allclose(even, hu / 1000, atol=1e-6)
