@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import random
 import shutil
+import struct
 import sys
 import tempfile
 import time
@@ -122,8 +123,9 @@ def _files(rng: random.Random, file: Path, stranger: Path) -> None:
 
 
 def mutate(rng: random.Random, folder: Path, stranger: Path) -> None:
-    """One or two mutations; a value that pydicom itself refuses to write is no mutation."""
-    for _ in range(rng.choice((1, 1, 2))):
+    """One or two mutations; what pydicom itself refuses to read or write is none, and another is drawn."""
+    left = rng.choice((1, 1, 2))
+    while left:
         file, other = rng.sample(sorted(folder.iterdir()), 2)
         try:
             kind = rng.choice(("bytes", "tags", "files"))
@@ -133,8 +135,17 @@ def mutate(rng: random.Random, folder: Path, stranger: Path) -> None:
                 _tags(rng, file, other)
             else:
                 _files(rng, file, stranger)
-        except Exception:
+        except (
+            ValueError,
+            TypeError,
+            AttributeError,
+            LookupError,
+            NotImplementedError,
+            struct.error,
+            OSError,
+        ):
             continue
+        left -= 1
 
 
 def verdict(folder: Path) -> str:

@@ -2,46 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import subprocess
-import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from random import Random
 from typing import Any
 
 import numpy as np
 import pytest
 from scraping import Endpoint
+from train_watch import assert_same_end, lines, train_workers
 
 from lungseg.config import load_recipe
 from lungseg.errors import ConfigError, RunError
 from lungseg.train.launch import cpus_per_worker
-
-
-def manifests(balls: Any, run: str) -> list[str]:
-    return [item.key for item in balls.store.find(f"runs/{run}/") if item.key.endswith("/manifest.json")]
-
-
-def train_workers() -> set[int]:
-    """Processes of Ray Train workers below this one: other sessions on this machine have theirs."""
-    import psutil  # Ray's own copy
-
-    found = set()
-    for process in psutil.Process().children(recursive=True):
-        try:
-            # Ray names a busy actor Class.method, an idle one Class.
-            if process.cmdline()[0].startswith("ray::RayTrainWorker"):
-                found.add(process.pid)
-        except (psutil.Error, IndexError):
-            continue  # it ended while we looked
-    return found
-
 
 Moment = tuple[Callable[[set[str]], bool], signal.Signals]
 """What must be among the keys that the run has written so far, and the signal that its worker then gets."""
@@ -76,23 +52,6 @@ def worker_signalled(balls: Any, run: str, moments: Sequence[Moment]) -> Iterato
 def claimed(number: int) -> Callable[[set[str]], bool]:
     """A group of workers has started, and has no step yet."""
     return lambda keys: any(key.endswith(f"claims/{number:06d}.json") for key in keys)
-
-
-def assert_same_end(balls: Any, run: str, undisturbed: str) -> None:
-    """Bit for bit: a resumed run restores weights, optimiser and place, and draws by (seed, step, row)."""
-    expected, found = balls.final(undisturbed), balls.final(run)
-    assert found.state.epoch == expected.state.epoch
-    for part in ("weights", "optimizer"):
-        wanted, got = getattr(expected, part), getattr(found, part)
-        assert wanted.keys() == got.keys()
-        assert [path for path in wanted if wanted[path].tobytes() != got[path].tobytes()] == []
-    assert [line["epoch"] for line in lines(balls, run)] == [1, 2, 3, 4]
-    losses = [[line["loss"] for line in lines(balls, name)] for name in (run, undisturbed)]
-    assert losses[0] == losses[1]
-
-
-def lines(balls: Any, run: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in balls.store.get(f"runs/{run}/metrics.jsonl").decode().splitlines()]
 
 
 def assert_endpoint_tells(balls: Any, run: str, endpoint: Endpoint, restarts: int) -> None:
@@ -156,108 +115,6 @@ def test_a_run_goes_on_with_two_workers_and_then_with_one_again_within_an_epoch(
     losses = [[line["loss"] for line in lines(balls, name)] for name in (run, undisturbed)]
     # So each epoch had the same patches: other ones would have another loss.
     np.testing.assert_allclose(*losses, atol=1e-5)
-
-
-@pytest.mark.slow
-def test_a_run_outlives_the_node_of_its_worker(balls: Any, undisturbed: str, tmp_path: Path) -> None:
-    """The second node has the only core that is free, until it is gone."""
-    there: list[set[int]] = []
-    with second_node(tmp_path) as raylet, head_taken() as release:
-
-        def kill() -> None:
-            while not manifests(balls, "killed-node"):
-                time.sleep(0.02)
-            there.append(train_workers() & {one.pid for one in raylet.children(recursive=True)})
-            raylet.kill()
-            release()
-
-        killer = threading.Thread(target=kill)
-        killer.start()
-        balls.train("killed-node", "train.max_failures=1")
-        killer.join()
-    assert [len(pids) for pids in there] == [1]
-    assert balls.store.exists("runs/killed-node/claims/000002.json")
-    assert_same_end(balls, "killed-node", undisturbed)
-
-
-@contextmanager
-def second_node(folder: Path) -> Iterator[Any]:
-    """The raylet's process of another node, with one core, in the cluster of this session."""
-    import psutil
-    import ray
-
-    address = ray.get_runtime_context().gcs_address
-    command = [
-        "ray",
-        "start",
-        "--block",
-        f"--address={address}",
-        "--node-ip-address=127.0.0.1",
-        "--num-cpus=1",
-    ]
-    command[0] = str(Path(sys.executable).parent / "ray")
-    alive = len([node for node in ray.nodes() if node["Alive"]])
-    with (folder / "node").open("wb") as log:
-        node = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-    try:
-        deadline = time.monotonic() + 60
-        while len([node for node in ray.nodes() if node["Alive"]]) == alive:
-            assert time.monotonic() < deadline, (folder / "node").read_text()[-2000:]
-            time.sleep(0.2)
-        (raylet,) = [p for p in psutil.Process(node.pid).children(recursive=True) if p.name() == "raylet"]
-        yield raylet
-    finally:
-        os.killpg(node.pid, signal.SIGKILL)
-        node.wait()
-
-
-@contextmanager
-def head_taken() -> Iterator[Callable[[], None]]:
-    """All cores of this node are busy until the function that it yields is called."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    here = ray.get_runtime_context().get_node_id()
-    (node,) = [node for node in ray.nodes() if node["NodeID"] == here]
-    where = NodeAffinitySchedulingStrategy(here, soft=False)
-
-    class Holder:
-        def ready(self) -> bool:
-            return True
-
-    cores = node["Resources"]["CPU"]
-    holder = ray.remote(Holder).options(num_cpus=cores, scheduling_strategy=where).remote()
-    assert ray.get(holder.ready.remote(), timeout=60)
-    try:
-        yield lambda: ray.kill(holder)
-    finally:
-        ray.kill(holder)
-
-
-@pytest.mark.slow
-def test_a_command_killed_whole_goes_on_with_resume(balls: Any, undisturbed: str, tmp_path: Path) -> None:
-    run = "killed-command"
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(balls.recipe().model_dump_json())  # JSON is YAML
-    command = [sys.executable, "-m", "lungseg.cli", "train", "--store", balls.store.uri, "--data", "balls"]
-    command += ["--run", run, "--recipe", str(recipe)]
-    with (tmp_path / "log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-        try:
-            deadline = time.monotonic() + 240
-            while not manifests(balls, run):
-                assert process.poll() is None, (tmp_path / "log").read_text()[-2000:]
-                assert time.monotonic() < deadline
-                time.sleep(0.02)
-        finally:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    assert balls.final(run).state.epoch < 4
-    with pytest.raises(RunError, match="run-exists") as caught:
-        balls.train(run)
-    assert "--resume" in caught.value.remedy
-    balls.train(run, mode="resume")
-    assert_same_end(balls, run, undisturbed)
 
 
 @pytest.mark.slow

@@ -1,0 +1,193 @@
+"""Runs whose node or command goes away, and who continues them."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from train_watch import assert_same_end, manifests, train_workers
+
+from lungseg.errors import RunError
+
+
+@pytest.mark.slow
+def test_a_run_outlives_the_node_of_its_worker(balls: Any, undisturbed: str, tmp_path: Path) -> None:
+    """The second node has the only core that is free, until it is gone."""
+    there: list[set[int]] = []
+    with second_node(tmp_path) as raylet, head_taken() as release:
+
+        def kill() -> None:
+            while not manifests(balls, "killed-node"):
+                time.sleep(0.02)
+            there.append(train_workers() & {one.pid for one in raylet.children(recursive=True)})
+            raylet.kill()
+            release()
+
+        killer = threading.Thread(target=kill)
+        killer.start()
+        balls.train("killed-node", "train.max_failures=1")
+        killer.join()
+    assert [len(pids) for pids in there] == [1]
+    assert balls.store.exists("runs/killed-node/claims/000002.json")
+    assert_same_end(balls, "killed-node", undisturbed)
+
+
+@pytest.mark.slow
+def test_a_worker_whose_node_drains_commits_within_the_epoch_and_goes_on_elsewhere(
+    balls: Any, tmp_path: Path
+) -> None:
+    """Ray is told as by its autoscaler; as on a cloud, somebody else ends the node. No failure may count."""
+    run = "drained-node"
+
+    def drain() -> None:
+        while not balls.store.exists(f"runs/{run}/claims/000001.json"):
+            time.sleep(0.02)
+        tell_ray_that_the_newest_node_drains(seconds=60)
+        while not manifests(balls, run):
+            time.sleep(0.02)
+        raylet.kill()
+        release()
+
+    with second_node(tmp_path) as raylet, head_taken() as release:
+        drainer = threading.Thread(target=drain)
+        drainer.start()
+        long = ("train.epochs=1", "train.steps_per_epoch=6000", "train.log_every_steps=1000")
+        balls.train(run, "train.max_failures=0", *long)
+        drainer.join()
+    log = balls.store.get(f"runs/{run}/log.txt").decode()
+    (committed,) = map(int, re.findall(r"asked to leave: committed step (\d+)", log))
+    assert 0 < committed < 6000
+    assert [int(step) for step in re.findall(r"from epoch 0, step (\d+)", log)] == [0, committed]
+    assert balls.final(run).state.step == 6000
+
+
+def tell_ray_that_the_newest_node_drains(seconds: int) -> None:
+    import ray
+    from ray._raylet import GcsClient
+    from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+
+    here = ray.get_runtime_context()
+    (node,) = {node["NodeID"] for node in ray.nodes() if node["Alive"]} - {here.get_node_id()}
+    reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    deadline_ms = (time.time_ns() // 1_000_000) + 1000 * seconds
+    accepted, why = GcsClient(address=here.gcs_address).drain_node(node, reason, "a test", deadline_ms)
+    assert accepted, why
+
+
+@contextmanager
+def second_node(folder: Path) -> Iterator[Any]:
+    """The raylet's process of another node, with one core, in the cluster of this session."""
+    import psutil
+    import ray
+
+    address = ray.get_runtime_context().gcs_address
+    command = [
+        "ray",
+        "start",
+        "--block",
+        f"--address={address}",
+        "--node-ip-address=127.0.0.1",
+        "--num-cpus=1",
+    ]
+    command[0] = str(Path(sys.executable).parent / "ray")
+    alive = len([node for node in ray.nodes() if node["Alive"]])
+    with (folder / "node").open("wb") as log:
+        node = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 60
+        while len([node for node in ray.nodes() if node["Alive"]]) == alive:
+            assert time.monotonic() < deadline, (folder / "node").read_text()[-2000:]
+            time.sleep(0.2)
+        (raylet,) = [p for p in psutil.Process(node.pid).children(recursive=True) if p.name() == "raylet"]
+        yield raylet
+    finally:
+        os.killpg(node.pid, signal.SIGKILL)
+        node.wait()
+
+
+@contextmanager
+def head_taken() -> Iterator[Callable[[], None]]:
+    """All cores of this node are busy until the function that it yields is called."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = ray.get_runtime_context().get_node_id()
+    (node,) = [node for node in ray.nodes() if node["NodeID"] == here]
+    where = NodeAffinitySchedulingStrategy(here, soft=False)
+
+    class Holder:
+        def ready(self) -> bool:
+            return True
+
+    cores = node["Resources"]["CPU"]
+    holder = ray.remote(Holder).options(num_cpus=cores, scheduling_strategy=where).remote()
+    assert ray.get(holder.ready.remote(), timeout=60)
+    try:
+        yield lambda: ray.kill(holder)
+    finally:
+        ray.kill(holder)
+
+
+@contextmanager
+def train_command(balls: Any, run: str, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """`lungseg train` in a process of its own, with a Ray of its own, once its run has a checkpoint."""
+    recipe, log = folder / "recipe.yaml", folder / "log"
+    recipe.write_text(balls.recipe().model_dump_json())  # JSON is YAML
+    command = [sys.executable, "-m", "lungseg.cli", "train", "--store", balls.store.uri, "--data", "balls"]
+    command += ["--run", run, "--recipe", str(recipe)]
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
+        try:
+            deadline = time.monotonic() + 240
+            while not manifests(balls, run):
+                assert process.poll() is None, log.read_text()[-2000:]
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            yield process
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+@pytest.mark.slow
+def test_a_command_killed_whole_goes_on_with_resume(balls: Any, undisturbed: str, tmp_path: Path) -> None:
+    run = "killed-command"
+    with train_command(balls, run, tmp_path) as process:
+        os.killpg(process.pid, signal.SIGKILL)
+    assert balls.final(run).state.epoch < 4
+    with pytest.raises(RunError, match="run-exists") as caught:
+        balls.train(run)
+    assert "--resume" in caught.value.remedy
+    balls.train(run, mode="resume")
+    assert_same_end(balls, run, undisturbed)
+
+
+@pytest.mark.slow
+def test_of_two_commands_at_once_the_later_one_has_the_run_and_the_earlier_one_says_so(
+    balls: Any, undisturbed: str, tmp_path: Path
+) -> None:
+    """The worker of the first stands still, as if its machine hung, until the second is through."""
+    run = "two-commands"
+    with train_command(balls, run, tmp_path) as process:
+        (worker,) = train_workers(process.pid)
+        os.kill(worker, signal.SIGSTOP)
+        assert balls.final(run).state.epoch < 4
+        balls.train(run, mode="resume")
+        ended = balls.final(run)
+        os.kill(worker, signal.SIGCONT)
+        assert process.wait(timeout=120) == 2
+    last = (tmp_path / "log").read_text().splitlines()[-1]
+    assert last.startswith("lungseg: run-taken-over")
+    assert balls.final(run).name == ended.name
+    assert_same_end(balls, run, undisturbed)

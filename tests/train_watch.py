@@ -1,0 +1,42 @@
+"""What tests see of a run through Ray from outside: its workers, its objects, where it ended."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+
+def manifests(balls: Any, run: str) -> list[str]:
+    return [item.key for item in balls.store.find(f"runs/{run}/") if item.key.endswith("/manifest.json")]
+
+
+def train_workers(below: int | None = None) -> set[int]:
+    """Processes of Ray Train workers below this one, or another: other sessions have theirs."""
+    import psutil  # Ray's own copy
+
+    found = set()
+    for process in psutil.Process(below).children(recursive=True):
+        try:
+            # Ray names a busy actor Class.method, an idle one Class.
+            if process.cmdline()[0].startswith("ray::RayTrainWorker"):
+                found.add(process.pid)
+        except (psutil.Error, IndexError):
+            continue  # it ended while we looked
+    return found
+
+
+def assert_same_end(balls: Any, run: str, undisturbed: str) -> None:
+    """Bit for bit: a resumed run restores weights, optimiser and place, and draws by (seed, step, row)."""
+    expected, found = balls.final(undisturbed), balls.final(run)
+    assert found.state.epoch == expected.state.epoch
+    for part in ("weights", "optimizer"):
+        wanted, got = getattr(expected, part), getattr(found, part)
+        assert wanted.keys() == got.keys()
+        assert [path for path in wanted if wanted[path].tobytes() != got[path].tobytes()] == []
+    assert [line["epoch"] for line in lines(balls, run)] == [1, 2, 3, 4]
+    losses = [[line["loss"] for line in lines(balls, name)] for name in (run, undisturbed)]
+    assert losses[0] == losses[1]
+
+
+def lines(balls: Any, run: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in balls.store.get(f"runs/{run}/metrics.jsonl").decode().splitlines()]
