@@ -204,8 +204,12 @@ def _hu(dataset: FileDataset, name: str) -> np.ndarray:
         raise ValueError("a rescale that loses the pixels")
     raw = _pixels(dataset, name)
     limits = np.iinfo(np.int16)
-    scaled = _stored_bits(dataset, raw) * slope + intercept
-    hu = np.clip(np.rint(scaled), limits.min, limits.max).astype(np.int16)
+    stored = _stored_bits(dataset, raw)
+    if slope == 1 and intercept.is_integer() and abs(intercept) < 2**30 and stored.dtype.itemsize <= 2:
+        scaled = stored.astype(np.int32) + np.int32(intercept)  # most CT; floats take ten times as long
+    else:
+        scaled = np.rint(stored * slope + intercept)
+    hu = np.clip(scaled, limits.min, limits.max).astype(np.int16)
     padding = dataset.get("PixelPaddingValue")
     if padding is not None:
         bound = dataset.get("PixelPaddingRangeLimit", padding)

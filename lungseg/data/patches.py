@@ -7,7 +7,7 @@ anywhere in the lungs, and a few outside them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,9 +16,12 @@ from lungseg.config import PatchConfig
 
 BRIGHT_HU = -500  # brighter than aerated lung, darker than any vessel, wall or solid nodule
 TRIES_PER_SITE = 50
+DRAWS = 50_000
 STRATA = ("nodule", "hard", "lung", "outside")
 
 Index = tuple[int, int, int]
+Candidates = Callable[[np.ndarray | slice], np.ndarray]
+"""Which voxels, given as flat indices, may be the centre of a patch: bool of as many."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +63,11 @@ def select_sites(
         offsets = rng.integers(-reach, reach, (config.positives_per_nodule, 3), endpoint=True)
         sites += [Site(_inside(middle + offset, size, mask.shape), "nodule", nodule_id) for offset in offsets]
 
-    in_lungs, bright = lungs != 0, volume_hu > BRIGHT_HU
-    strata = (
-        ("hard", in_lungs & bright, config.hard_negatives_per_scan),
-        ("lung", in_lungs, config.lung_negatives_per_scan),
-        ("outside", ~in_lungs & bright, config.outside_per_scan),
+    lung, hu = lungs.ravel(), volume_hu.ravel()
+    strata: tuple[tuple[str, Candidates, int], ...] = (
+        ("hard", lambda at: (lung[at] != 0) & (hu[at] > BRIGHT_HU), config.hard_negatives_per_scan),
+        ("lung", lambda at: lung[at] != 0, config.lung_negatives_per_scan),
+        ("outside", lambda at: (lung[at] == 0) & (hu[at] > BRIGHT_HU), config.outside_per_scan),
     )
     for stratum, candidates, count in strata:
         centres = _negatives(candidates, taken, size, count, rng)
@@ -95,14 +98,28 @@ def _inside(centre: np.ndarray, size: np.ndarray, shape: tuple[int, ...]) -> Ind
     return z, y, x
 
 
+def _draw(candidates: Candidates, voxels: int, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Up to `count` distinct voxels, as flat indices: all candidates are as likely.
+
+    They are looked for among DRAWS voxels: to list the candidates of a whole scan takes longer than to
+    resample it, and is only done where they are rare.
+    """
+    drawn = rng.integers(voxels, size=DRAWS)
+    drawn = drawn[candidates(drawn)]
+    found = drawn[np.sort(np.unique(drawn, return_index=True)[1])]
+    if found.size < count:
+        everywhere = np.flatnonzero(candidates(slice(None)))
+        found = rng.choice(everywhere, min(everywhere.size, count), replace=False)
+    return found[:count]
+
+
 def _negatives(
-    candidates: np.ndarray, taken: np.ndarray, size: np.ndarray, count: int, rng: np.random.Generator
+    candidates: Candidates, taken: np.ndarray, size: np.ndarray, count: int, rng: np.random.Generator
 ) -> list[Index]:
     """Up to `count` distinct centres among `candidates` whose patches hold no voxel of `taken`."""
-    where = np.flatnonzero(candidates)
-    tries = rng.choice(where, min(where.size, count * TRIES_PER_SITE), replace=False)
+    tries = _draw(candidates, taken.size, count * TRIES_PER_SITE, rng)
     centres: dict[Index, None] = {}
-    for voxel in np.stack(np.unravel_index(tries, candidates.shape), axis=1):
+    for voxel in np.stack(np.unravel_index(tries, taken.shape), axis=1):
         if len(centres) == count:
             break
         centre = _inside(voxel, size, taken.shape)

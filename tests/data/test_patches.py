@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lungseg.config import PatchConfig
-from lungseg.data.patches import Site, cut, select_sites
+from lungseg.data.patches import Site, _draw, cut, select_sites
 
 SIZE = (16, 12, 20)
 CONFIG = PatchConfig(shape_zyx=SIZE, positives_per_nodule=5)
@@ -185,3 +185,16 @@ def test_a_cut_is_a_copy():
     array = np.zeros((4, 4, 4), np.int16)
     cut(array, (2, 2, 2), (2, 2, 2), 0)[:] = 1
     assert not array.any()
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.3, 400), (1e-4, 400), (0.0, 5), (0.5, 0)])
+def test_draws_are_distinct_candidates_and_all_as_likely(share, count):
+    """Both ways of drawing: by trial, and from a list where candidates are rare."""
+    rng = np.random.default_rng(1)
+    chosen = rng.random(200_000) < share
+    found = _draw(lambda at: chosen[at], chosen.size, count, np.random.default_rng(2))
+    assert found.size == len(set(found.tolist())) == min(count, chosen.sum())
+    assert chosen[found].all()
+    if share == 0.3:
+        # 400 uniform numbers: their mean has a standard deviation of 0.0144, so 5 of them.
+        assert abs(found.mean() / chosen.size - 0.5) < 0.072
