@@ -19,7 +19,6 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable
-from itertools import combinations
 from pathlib import Path
 from statistics import fmean
 
@@ -44,10 +43,9 @@ def mean(values: Iterable[float | None]) -> float | None:
 
 
 def nodule(mark: Mark) -> Nodule:
-    among = mean(dice(one, two) for one, two in combinations(mark.outlined, 2))
     consensus = mark.consensus(0.5)
     of_each = mean(dice(one, consensus) for one in mark.outlined) if len(mark.outlined) > 1 else None
-    return len(mark.outlined), mark.diameter_mm, among, of_each
+    return len(mark.outlined), mark.diameter_mm, mark.reader_dice(), of_each
 
 
 def scan_figures(scan_id: int) -> list[Nodule]:

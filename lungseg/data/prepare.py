@@ -203,7 +203,7 @@ def _parallel(
     ray = connect()
     # A task that asks for more than any node has would wait for ever.
     largest = max(node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"])
-    remote = ray.remote(num_cpus=1, memory=min(memory_bytes, largest), max_retries=3)(function)
+    remote = ray.remote(num_cpus=1, memory=int(min(memory_bytes, largest)), max_retries=3)(function)
     all_of_them = pending = [remote.remote(*arguments) for arguments in tasks]
     progress(0, len(tasks))
     try:

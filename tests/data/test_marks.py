@@ -41,6 +41,14 @@ def test_the_setting_says_whose_outline_is_the_target(kind, share, expected):
     assert [nodule.readers for nodule in labelled.nodules] == [3]
 
 
+def test_reader_dice_is_the_mean_over_pairs_and_unknown_for_one_reader_or_points():
+    assert MARK.reader_dice() == pytest.approx((4 / 5 + 2 / 3 + 2 / 4) / 3)
+    assert replace(MARK, outlined=OUTLINED[:1]).reader_dice() is None
+    assert replace(MARK, outlined=np.zeros_like(OUTLINED)).reader_dice() is None
+    labelled = label(Volume(np.zeros(GRID.shape_zyx, np.int16), GRID), [MARK], SAME, LidcConfig())
+    assert labelled.nodules[0].reader_dice == MARK.reader_dice()
+
+
 def test_where_the_chosen_reader_drew_nothing_the_nodule_is_ignored_not_background():
     labelled = label(
         Volume(np.zeros(GRID.shape_zyx, np.int16), GRID), [MARK], SAME, LidcConfig(mask="reader4")

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from unpacked import unpacked
 
 from lungseg.config import DataConfig, ShardConfig, SplitConfig
 from lungseg.data import pairs, shards
-from lungseg.data.prepare import _shard_task, plan_shards, prepare
+from lungseg.data.prepare import _parallel, _shard_task, plan_shards, prepare
 from lungseg.data.scans import cut_patches, prepare_scan, to_grid
 from lungseg.data.volumes import read_volume
 from lungseg.errors import DataError
@@ -283,6 +284,23 @@ def test_a_scan_whose_file_has_changed_is_read_again(ray_cluster: object, tmp_pa
     second = prepare(store, "mended", cases, CONFIG, quiet)
     changed = {case for case in first.scans if first.scans[case] != second.scans[case]}
     assert changed == {cases[1].case_id}
+
+
+def test_a_node_works_on_no_more_scans_at_once_than_its_memory_holds(ray_cluster: Any) -> None:
+    (whole,) = {node["Resources"]["memory"] for node in ray_cluster.nodes() if node["Alive"]}
+
+    def work(number: int) -> tuple[float, float]:
+        began = time.time()
+        time.sleep(0.5)
+        return began, time.time()
+
+    def at_once(memory_bytes: float) -> bool:
+        spans = sorted(_parallel(work, [(0,), (1,), (2,)], int(memory_bytes)))
+        return any(begin < end for (_, end), (begin, _) in pairwise(spans))
+
+    assert at_once(1)
+    assert not at_once(0.6 * whole)
+    assert not at_once(5 * whole)  # more than there is: one at a time, and not none for ever
 
 
 def test_a_shard_that_a_killed_job_finished_is_not_written_again(
