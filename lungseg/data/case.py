@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from lungseg.data.volume import Volume
+from lungseg.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,13 @@ class Case(Protocol):
 
 
 def stamp_of(files: Iterable[Path]) -> str:
-    """A digest of the files' sizes and times of change, and of no name, which may be a patient's."""
-    seen = sorted((status.st_size, status.st_mtime_ns) for status in (file.stat() for file in files))
+    """A digest of the files' sizes and times of change, and of no name, which may be a patient's.
+
+    Raises DataError("scan-unreachable").
+    """
+    try:
+        seen = sorted((status.st_size, status.st_mtime_ns) for status in (file.stat() for file in files))
+    except OSError as error:
+        remedy = "put the scan back, or mount its folder under this path on every node"
+        raise DataError("scan-unreachable", file=error.filename, remedy=remedy) from error
     return hashlib.sha256(repr(seen).encode()).hexdigest()

@@ -62,7 +62,7 @@ def prepare(
     if not store.exists(key):
         try:
             done, broken = _scans(store, name, cases, split_of, config, progress)
-            if broken and not skip_broken:
+            if broken and not (skip_broken and done):
                 raise _refused(broken, len(cases))
             left_out = [*excluded, *(_exclusion(case_id, error) for case_id, error in broken.items())]
             built = _build(store, name, done, split_of, config, left_out, wanted)

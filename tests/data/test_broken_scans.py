@@ -71,6 +71,16 @@ def test_broken_scans_are_listed_and_left_out_on_demand_only(
         prepare(store, "d", cases, CONFIG, quiet, [thick])
 
 
+def test_scans_that_no_node_can_see_are_refused_also_on_demand(ray_cluster: object, tmp_path: Path) -> None:
+    cases = write_pairs(tmp_path / "pairs", 4)
+    (tmp_path / "pairs").rename(tmp_path / "elsewhere")
+    store = open_store(tmp_path / "store")
+    for skip_broken in (False, True):
+        with pytest.raises(DataError, match=r"scans-broken: 4 scan-unreachable \(scans=4 of 4\)"):
+            prepare(store, "d", cases, CONFIG, quiet, skip_broken=skip_broken)
+    assert not store.exists("data/d/manifest.json")
+
+
 def test_the_exit_code_and_the_last_line_say_that_scans_were_left_out(
     ray_cluster: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
