@@ -169,6 +169,9 @@ class TrainConfig(Frozen):
     )
     xla: Literal["auto", "always", "never"] = Field("auto", description="auto: on GPUs; on CPUs it is slower")
     seed: Seed = Field(0, description="of the weights, the order of patches and the augmentation")
+    val_dice: Literal["pooled", "patches"] = Field(
+        "pooled", description="of all patches as one volume, or mean over those that hold a nodule"
+    )
     patience_epochs: int = Field(20, ge=1, description="early stopping: epochs without a better val Dice")
     min_delta: float = Field(0.0, ge=0, lt=1, description="what val Dice must gain to count as better there")
     init_from: str | None = Field(

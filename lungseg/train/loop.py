@@ -254,7 +254,7 @@ def _metrics(worker: _Worker, state: TrainState, sums: ValSums) -> dict[str, flo
     return {
         "epoch": state.epoch + 1,
         "loss": float(np.mean(state.losses)),
-        "val_dice": sums.dice,
+        "val_dice": sums.dice(worker.job.recipe.train.val_dice),
         "learning_rate": worker.stepper.learning_rate(state.step - 1),
         "train_seconds": state.train_seconds,
         "data_wait_seconds": state.data_wait_seconds,

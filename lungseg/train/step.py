@@ -7,9 +7,9 @@ replicas hold equal weights and the result does not depend on how many there are
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import keras
 import numpy as np
@@ -31,15 +31,18 @@ class ValSums:
     hit: float = 0.0
     predicted: float = 0.0
     reference: float = 0.0
+    dices: float = 0.0  # the sum over patches that hold a nodule
+    patches: float = 0.0  # so many
 
     def __add__(self, other: ValSums) -> ValSums:
-        return ValSums(
-            self.hit + other.hit, self.predicted + other.predicted, self.reference + other.reference
-        )
+        return ValSums(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
-    @property
-    def dice(self) -> float:
-        """Dice of all validation patches taken as one volume; 1.0 where nothing is there nor predicted."""
+    def dice(self, kind: Literal["pooled", "patches"]) -> float:
+        """Of all validation patches taken as one volume ("pooled"), which large nodules decide, but also
+        false positives anywhere; or the mean over those that hold a nodule ("patches"), where each counts
+        alike. 1.0 where nothing is there (nor, pooled, predicted)."""
+        if kind == "patches":
+            return self.dices / self.patches if self.patches else 1.0
         total = self.predicted + self.reference
         return 2 * self.hit / total if total else 1.0
 
@@ -199,7 +202,12 @@ class Stepper:
             logits = _outputs(self.model(tf.cast(image, tf.float32)[..., tf.newaxis], training=False))[0]
             target, weight = target_and_weight(mask[..., tf.newaxis])
             predicted = tf.cast(logits > 0, tf.float32) * weight
-            return tf.reduce_sum(predicted * target), tf.reduce_sum(predicted), tf.reduce_sum(target)
+            hit, found, wanted = (
+                tf.reduce_sum(one, [1, 2, 3, 4]) for one in (predicted * target, predicted, target)
+            )
+            holds = tf.cast(wanted > 0, tf.float32)
+            dices = holds * tf.math.divide_no_nan(2 * hit, found + wanted)
+            return tuple(tf.reduce_sum(one) for one in (hit, found, wanted, dices, holds))
 
         sums = self.strategy.run(replica, (image, mask))
         return [self.strategy.reduce(tf.distribute.ReduceOp.SUM, one, axis=None) for one in sums]

@@ -13,7 +13,7 @@ import tensorflow as tf
 from lungseg.config import load_recipe
 from lungseg.data.stream import Batch
 from lungseg.errors import RunError
-from lungseg.train.step import Stepper
+from lungseg.train.step import Stepper, ValSums
 from lungseg.train.strategy import gpu_precision
 
 SHAPE = (12, 12, 12)
@@ -128,3 +128,28 @@ def test_patches_without_nodules_give_finite_steps() -> None:
     empty: Any = batch(0)
     one.train(one.place(Batch(step=0, first_row=0, image_hu=empty.image_hu, mask=np.zeros_like(empty.mask))))
     assert all(np.isfinite(array).all() for array in one.weights().values())
+
+
+@pytest.mark.parametrize("devices", [None, ["CPU:0"]])
+def test_val_dice_is_of_one_volume_or_the_mean_over_patches_that_hold_a_nodule(devices: Any) -> None:
+    """Three patches, one of them empty, some voxels ignored; counted again in NumPy."""
+    keras.mixed_precision.set_dtype_policy("float32")
+    recipe = load_recipe(None, ["model.width=2", "model.depth=3"])
+    strategy = tf.distribute.MirroredStrategy(devices) if devices else tf.distribute.get_strategy()
+    one = Stepper(recipe, strategy, total_steps=1)
+    # A network that knows nothing predicts nothing: with this bias it predicts about half of the voxels.
+    one.model.get_layer("logits").bias.assign([0.0])
+    random = np.random.default_rng(0)
+    image = random.normal(-400, 300, (3, *SHAPE)).astype(np.int16)
+    mask = (random.random(image.shape) < 0.1).astype(np.uint8)
+    mask[1] = 0
+    mask[:, :2] = 255
+    predicted = one.model(image[..., np.newaxis].astype(np.float32))[..., 0].numpy() > 0
+    predicted &= mask != 255
+    hit = (predicted & (mask == 1)).sum(axis=(1, 2, 3))
+    both = predicted.sum(axis=(1, 2, 3)) + (mask == 1).sum(axis=(1, 2, 3))
+    sums = sum((one.validate(one.place(Batch(0, 0, image[[n]], mask[[n]]))) for n in range(3)), ValSums())
+    assert 0.1 < predicted.mean() < 0.9
+    assert sums.dice("pooled") == pytest.approx(2 * hit.sum() / both.sum(), rel=1e-5)
+    assert sums.dice("patches") == pytest.approx((2 * hit / both)[[0, 2]].mean(), rel=1e-5)
+    assert ValSums().dice("pooled") == ValSums().dice("patches") == 1.0
