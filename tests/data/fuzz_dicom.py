@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import pydicom
+from pydicom.errors import InvalidDicomError
 
 from lungseg.data.dicom import find_series, read_series
 from lungseg.data.phantom import write_series
@@ -67,6 +68,10 @@ VALUES = (
     "16",
     "12",
 )
+REFUSED = (
+    InvalidDicomError, ValueError, TypeError, AttributeError, LookupError, NotImplementedError, OSError,
+    struct.error,
+)  # fmt: skip
 VRS = ("DS", "US", "SS", "LO", "UN", "OB", "IS", "FD")
 
 
@@ -135,15 +140,7 @@ def mutate(rng: random.Random, folder: Path, stranger: Path) -> None:
                 _tags(rng, file, other)
             else:
                 _files(rng, file, stranger)
-        except (
-            ValueError,
-            TypeError,
-            AttributeError,
-            LookupError,
-            NotImplementedError,
-            struct.error,
-            OSError,
-        ):
+        except REFUSED:
             continue
         left -= 1
 
