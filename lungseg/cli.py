@@ -166,7 +166,7 @@ def _prepare(
     skip_broken: bool,
 ) -> None:
     from lungseg.data.card import describe
-    from lungseg.data.prepare import BROKEN, prepare
+    from lungseg.data.prepare import prepare
     from lungseg.storage import open_store
     from lungseg.telemetry import progress
 
@@ -175,9 +175,9 @@ def _prepare(
     print(describe(manifest))
     print(f"excluded: {len(manifest.excluded)} scans; manifest {manifest.sha256[:12]} in {uri}/data/{name}")
     print(f"data card: {uri}/data/{name}/card.html")
-    broken = [row for row in manifest.excluded if row["reason"] == BROKEN]
+    broken = [one for one in manifest.excluded if one.broken]
     if broken:
-        listing = ", ".join(f"{row['case']} ({row['code']})" for row in broken)
+        listing = ", ".join(f"{one.case_id} ({one.code})" for one in broken)
         _end(f"{len(broken)} broken scans were left out: {listing}", INCOMPLETE)
 
 

@@ -1,18 +1,26 @@
-"""Scans of painted balls: as files of pairs, and as what a source of data loads."""
+"""Scans of painted balls, as files of pairs or loaded, and the settings of small data sets."""
 
 from __future__ import annotations
 
 import csv
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import SimpleITK as sitk  # noqa: N813
 
-from lungseg.config import PairsConfig
+from lungseg.config import DataConfig, PairsConfig
 from lungseg.data import pairs
 from lungseg.data.case import LabelledScan, Nodule
 from lungseg.data.volume import Geometry, Volume
+from lungseg.storage import Store
 
+TREE: dict[str, Any] = {
+    "split": {"val": 0.25, "test": 0.25, "seed": 2},  # which deals four patients out as 2, 1 and 1
+    "patch": {"shape_zyx": [16, 16, 16]},
+    "shard": {"target_mib": 1},
+}
+CONFIG = DataConfig.model_validate(TREE)
 AXIAL = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
 
 
@@ -56,3 +64,15 @@ def labelled(shape: tuple[int, int, int], spacing_mm: tuple[float, float, float]
     hu[mask == 1] = 50
     x, y, z = centre.tolist()
     return LabelledScan(Volume(hu, grid), mask, ignore, (Nodule("n1", (x, y, z), 12.0, 4),))
+
+
+def quiet(done: int, total: int) -> None:
+    pass
+
+
+def contents(store: Store) -> dict[str, bytes]:
+    return {item.key: store.get(item.key) for item in store.find()}
+
+
+def times(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}

@@ -11,6 +11,7 @@ import io
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from itertools import pairwise
 from statistics import fmean
 from typing import Any
@@ -60,14 +61,14 @@ def summarize(manifest: Manifest) -> dict[str, Any]:
         "settings": manifest.config,
         "splits": manifest.counts,
         "excluded": {
-            "codes": dict(Counter(row["code"] for row in manifest.excluded).most_common()),
-            "scans": list(manifest.excluded),
+            "codes": dict(Counter(one.code for one in manifest.excluded).most_common()),
+            "scans": [asdict(one) for one in manifest.excluded],
         },
         "slice_distance_mm": histogram([one.spacing_mm[0] for one in facts], 0.25),
         "pixel_mm": histogram([one.spacing_mm[1] for one in facts], 0.1),
         "slices": histogram([float(one.shape_zyx[0]) for one in facts], 50),
         "nodules_by_size": {
-            split: by_size([n for case in manifest.cases[split] for n in _of(manifest, case)])
+            split: by_size([n for case in manifest.cases[split] for n in manifest.scans[case].nodules])
             for split in SPLITS
         },
         "nodules_by_readers": dict(sorted(Counter(str(n.readers) for n in nodules if n.readers).items())),
@@ -102,11 +103,6 @@ def reader_agreement(nodules: Iterable[Nodule]) -> dict[str, dict[str, float | i
         }
         for title, found in groups.items()
     }
-
-
-def _of(manifest: Manifest, case_id: str) -> tuple[Nodule, ...]:
-    facts = manifest.scans.get(case_id)  # a data set of an older version has none
-    return facts.nodules if facts else ()
 
 
 def _bins(nodules: Sequence[Nodule]) -> dict[str, list[Nodule]]:

@@ -28,11 +28,13 @@ class Nodule:
 
 @dataclass(frozen=True)
 class Exclusion:
-    """A scan that is here and is left out: `code` is stable, `reason` for people, and names no file."""
+    """A scan that is here and is left out: `code` is stable, `reason` for people, and names no file. The
+    protocol leaves it out, or it is `broken`."""
 
     case_id: str
     code: str
     reason: str
+    broken: bool = False
 
 
 @dataclass(frozen=True)

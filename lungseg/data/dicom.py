@@ -31,7 +31,7 @@ import numpy as np
 import pydicom
 from pydicom.config import disable_value_validation
 from pydicom.dataset import FileDataset
-from pydicom.errors import InvalidDicomError
+from pydicom.errors import BytesLengthException, InvalidDicomError
 from pydicom.pixels import get_decoder
 from pydicom.uid import (
     EnhancedCTImageStorage,
@@ -54,7 +54,10 @@ BARE_START = re.compile(
 IN_PLANE_TOLERANCE_MM = 0.1
 LATTICE_TOLERANCE = 0.1  # of the slice distance; positions are often written with few decimals
 # What pydicom raises on broken files, besides InvalidDicomError for a missing preamble.
-BROKEN = (OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, struct.error)
+BROKEN = (
+    OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, struct.error,
+    BytesLengthException,
+)  # fmt: skip
 GEOMETRY_TAGS = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")
 HEADER_TAGS = ["Modality", "SeriesInstanceUID", "ImageType"]
 
@@ -206,7 +209,7 @@ def _hu(dataset: FileDataset, name: str) -> np.ndarray:
     limits = np.iinfo(np.int16)
     stored = _stored_bits(dataset, raw)
     if slope == 1 and intercept.is_integer() and abs(intercept) < 2**30 and stored.dtype.itemsize <= 2:
-        scaled = stored.astype(np.int32) + np.int32(intercept)  # most CT; floats take ten times as long
+        scaled = stored.astype(np.int32) + np.int32(intercept)  # most CT; floats would take longer
     else:
         scaled = np.rint(stored * slope + intercept)
     hu = np.clip(scaled, limits.min, limits.max).astype(np.int16)
@@ -239,7 +242,7 @@ def _pixels(dataset: FileDataset, name: str) -> np.ndarray:
     syntax = dataset.file_meta.get("TransferSyntaxUID", ImplicitVRLittleEndian)
     try:
         available = get_decoder(syntax).is_available
-    except NotImplementedError:
+    except NotImplementedError:  # what pydicom says of a syntax that it has no decoder for at all
         available = False
     if not available:
         remedy = "decompress the series first, for example with gdcmconv --raw or dcmdjpeg"

@@ -21,7 +21,7 @@ from pydicom.errors import InvalidDicomError
 from lungseg.config import LidcConfig
 from lungseg.data import pylidc_compat
 from lungseg.data.case import Exclusion, LabelledScan, stamp_of
-from lungseg.data.dicom import read_series
+from lungseg.data.dicom import BROKEN, read_series
 from lungseg.data.identity import case_id, case_key
 from lungseg.data.marks import Mark, label, read_marks, soft_mask
 from lungseg.data.volume import Geometry, Volume
@@ -143,7 +143,7 @@ def _series_uid(files: list[Path]) -> str:
     for file in files:
         try:
             header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=["SeriesInstanceUID"])
-        except (InvalidDicomError, OSError, EOFError, ValueError) as error:
+        except (InvalidDicomError, *BROKEN) as error:
             failure = failure or error
         else:
             return str(header.get("SeriesInstanceUID", ""))

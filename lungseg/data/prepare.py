@@ -34,7 +34,6 @@ from lungseg.telemetry import Progress, log
 SCAN_BYTES = 1536 << 20
 """Memory that Ray keeps free for the task of a scan, so that no node runs more of them than it can hold."""
 SHARD_BYTES = 1024 << 20
-BROKEN = "could not be used, and was left out on demand"
 
 
 def prepare(
@@ -75,10 +74,10 @@ def prepare(
         remedy = "choose another --data name, or delete the old data set"
         message = "made from other scans or settings"
         raise DataError("data-exists", data=name, store=store.uri, message=message, remedy=remedy)
-    broken_then = [row["case"] for row in manifest.excluded if row["reason"] == BROKEN]
+    broken_then = sum(one.broken for one in manifest.excluded)
     if broken_then and not skip_broken:
         remedy = "allow it with --skip-broken, or prepare the mended scans under another --data name"
-        message = f"{len(broken_then)} broken scans were left out of this data set"
+        message = f"{broken_then} broken scans were left out of this data set"
         raise DataError("scans-broken", data=name, message=message, remedy=remedy)
     _sweep(store, manifest)
     write_card(store, manifest)
@@ -106,7 +105,7 @@ def _build(
         },
         cases={split: tuple(d.case_id for d in done if split_of[d.case_id] == split) for split in SPLITS},
         counts={split: _counts(split, [d for d in done if split_of[d.case_id] == split]) for split in SPLITS},
-        excluded=tuple({"case": e.case_id, "code": e.code, "reason": e.reason} for e in excluded),
+        excluded=tuple(excluded),
         batches_per_get=config.shard.batches_per_get,
         scans={d.case_id: d.cut.facts for d in done},
     )
@@ -123,7 +122,7 @@ def _refused(broken: dict[str, LungsegError], scans: int) -> LungsegError:
 
 def _exclusion(case_id: str, error: LungsegError) -> Exclusion:
     """The error's text stays out of the manifest: it names files, which may be named after patients."""
-    return Exclusion(case_id, error.code, BROKEN)
+    return Exclusion(case_id, error.code, "could not be used, and was left out on demand", broken=True)
 
 
 def _sweep(store: Store, manifest: Manifest) -> None:

@@ -25,14 +25,14 @@ import numpy as np
 import pyarrow as pa
 
 from lungseg.config import Codec
-from lungseg.data.case import ScanFacts
+from lungseg.data.case import Exclusion, ScanFacts
 from lungseg.data.patches import STRATA
 from lungseg.data.volumes import VolumeEntry
 from lungseg.errors import DataError
 from lungseg.storage import Store, to_json
 from lungseg.telemetry import CHECKSUM_FAILURES
 
-FORMAT = 2
+FORMAT = 3
 IGNORE = 255
 """Value of mask voxels that are neither target nor background."""
 POSITIVE = STRATA[0]
@@ -276,7 +276,7 @@ class Manifest:
     volumes: dict[str, tuple[VolumeEntry, ...]]
     cases: dict[str, tuple[str, ...]]
     counts: dict[str, dict[str, int]]
-    excluded: tuple[dict[str, str], ...]
+    excluded: tuple[Exclusion, ...]
     batches_per_get: int = 1
     scans: dict[str, ScanFacts] = field(default_factory=dict)
     sha256: str = ""
@@ -326,6 +326,6 @@ def load_manifest(store: Store, name: str) -> Manifest:
     tree["volumes"] = {s: tuple(VolumeEntry(**v) for v in found) for s, found in tree["volumes"].items()}
     tree["cases"] = {split: tuple(cases) for split, cases in tree["cases"].items()}
     tree["patch_shape_zyx"] = tuple(tree["patch_shape_zyx"])
-    tree["excluded"] = tuple(tree["excluded"])
-    tree["scans"] = {case: ScanFacts.from_json(facts) for case, facts in tree.get("scans", {}).items()}
+    tree["excluded"] = tuple(Exclusion(**row) for row in tree["excluded"])
+    tree["scans"] = {case: ScanFacts.from_json(facts) for case, facts in tree["scans"].items()}
     return Manifest(**tree, sha256=hashlib.sha256(store.get(key)).hexdigest())

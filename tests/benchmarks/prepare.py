@@ -65,8 +65,8 @@ def _scan(folder: Path, series: Path, volume: Volume, mask: np.ndarray, patches:
     return {"series": str(series), "mask": str(path), "patches": patches}
 
 
-def run(name: str, scans: list[dict[str, Any]], cores: int, python: str, folder: Path) -> dict[str, float]:
-    """Scans a minute, and the largest peak of a process in MiB."""
+def run(name: str, scans: list[dict[str, Any]], cores: int, python: str, folder: Path) -> dict[str, Any]:
+    """Scans a minute, the largest peak of a process in MiB, and seconds of a scan's stages (lungseg's)."""
     single = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     environment = {**os.environ, **single, "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS": "1"}
     processes = []
@@ -92,7 +92,8 @@ def run(name: str, scans: list[dict[str, Any]], cores: int, python: str, folder:
             sys.exit(f"{name} failed: {errors[-2000:]}")
         results.append(json.loads(out.splitlines()[-1]))
     seconds = time.monotonic() - began
-    return {"pace": 60 * len(scans) / seconds, "peak_mib": max(result["peak_mib"] for result in results)}
+    peak = max(result["peak_mib"] for result in results)
+    return {"pace": 60 * len(scans) / seconds, "peak_mib": peak, "stages": results[0]["stages"]}
 
 
 def main() -> None:
@@ -103,7 +104,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
     options = parser.parse_args()
-    found: dict[tuple[str, int], list[dict[str, float]]] = defaultdict(list)
+    found: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         scans = write_scans(folder)
@@ -122,6 +123,9 @@ def main() -> None:
         peak = max(row["peak_mib"] for row in rows)
         paces = spread([row["pace"] for row in rows], 1)
         print(f"| {contestant} | {cores} | {paces} | {spread(ratios, 2)} | {peak:.0f} |")
+    stages = [row["stages"] for row in found["lungseg", 1]]
+    for stage in stages[0] if stages else ():
+        print(f"{stage}: {statistics.median(one[stage] for one in stages):.2f} s of a scan on one core")
 
 
 def spread(values: list[float], digits: int) -> str:

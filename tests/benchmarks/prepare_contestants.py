@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,22 +25,36 @@ Worker = Callable[[Any], int]
 """Takes a scan (`series`, `mask`, `patches`) and gives the number of patches it cut."""
 
 
+STAGES: dict[str, float] = {}
+"""Seconds of lungseg's, over all scans."""
+
+
+def _timed(stage: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    began = time.monotonic()
+    result = function(*arguments)
+    STAGES[stage] = STAGES.get(stage, 0.0) + time.monotonic() - began
+    return result
+
+
 def lungseg() -> Worker:
     """What `lungseg prepare` does with a scan, the lung mask and the choice of hard negatives included."""
     from lungseg.config import PatchConfig
+    from lungseg.data import scans
     from lungseg.data.case import LabelledScan
     from lungseg.data.dicom import read_series
     from lungseg.data.pairs import _nodules
-    from lungseg.data.scans import cut_patches, to_grid
     from lungseg.data.volume import read_labels
 
+    scans.lung_mask = partial(_timed, "lungs", scans.lung_mask)  # type: ignore[assignment]
+
     def work(scan: Any) -> int:
-        mask, geometry = read_labels(Path(scan.mask))
+        mask, geometry = _timed("mask file", read_labels, Path(scan.mask))
         mask = mask.astype(np.uint8)
-        volume = read_series(Path(scan.series))
+        volume = _timed("DICOM", read_series, Path(scan.series))
         labelled = LabelledScan(volume, mask, np.zeros_like(mask), _nodules(mask, geometry))
-        stored, ignore = to_grid(labelled, (1.0, 1.0, 1.0))
-        return len(cut_patches("c", labelled, stored, ignore, PatchConfig(shape_zyx=(SIDE,) * 3)))
+        stored, ignore = _timed("to 1 mm", scans.to_grid, labelled, (1.0, 1.0, 1.0))
+        config = PatchConfig(shape_zyx=(SIDE,) * 3)
+        return len(_timed("lungs and patches", scans.cut_patches, "c", labelled, stored, ignore, config))
 
     return work
 
@@ -104,7 +120,8 @@ def main(arguments: Sequence[str]) -> None:
     patches = sum(work(scan) for scan in scans)
     status = Path("/proc/self/status").read_text()  # getrusage tells the peak of whoever forked us, too
     peak_kib = int(status.split("VmHWM:")[1].split()[0])
-    print(json.dumps({"patches": patches, "peak_mib": peak_kib / 1024}))
+    stages = {stage: seconds / len(scans) for stage, seconds in STAGES.items()}
+    print(json.dumps({"patches": patches, "peak_mib": peak_kib / 1024, "stages": stages}))
 
 
 if __name__ == "__main__":

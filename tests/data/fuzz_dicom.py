@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import random
 import shutil
-import struct
 import sys
 import tempfile
 import time
@@ -25,7 +24,7 @@ import numpy as np
 import pydicom
 from pydicom.errors import InvalidDicomError
 
-from lungseg.data.dicom import find_series, read_series
+from lungseg.data.dicom import BROKEN, find_series, read_series
 from lungseg.data.phantom import write_series
 from lungseg.data.volume import Geometry
 from lungseg.errors import LungsegError
@@ -68,10 +67,6 @@ VALUES = (
     "16",
     "12",
 )
-REFUSED = (
-    InvalidDicomError, ValueError, TypeError, AttributeError, LookupError, NotImplementedError, OSError,
-    struct.error,
-)  # fmt: skip
 VRS = ("DS", "US", "SS", "LO", "UN", "OB", "IS", "FD")
 
 
@@ -140,7 +135,7 @@ def mutate(rng: random.Random, folder: Path, stranger: Path) -> None:
                 _tags(rng, file, other)
             else:
                 _files(rng, file, stranger)
-        except REFUSED:
+        except (InvalidDicomError, *BROKEN):
             continue
         left -= 1
 

@@ -6,23 +6,14 @@ from pathlib import Path
 
 import pytest
 import SimpleITK as sitk  # noqa: N813
-from painted import write_pairs
+from painted import CONFIG, quiet, write_pairs
 
 from lungseg import cli
-from lungseg.config import DataConfig
 from lungseg.data.case import Exclusion
 from lungseg.data.prepare import prepare
 from lungseg.data.shards import load_manifest
 from lungseg.errors import DataError
 from lungseg.storage import open_store
-
-CONFIG = DataConfig.model_validate(
-    {"split": {"val": 0.25, "test": 0.25, "seed": 2}, "patch": {"shape_zyx": [16, 16, 16]}}
-)
-
-
-def quiet(done: int, total: int) -> None:
-    pass
 
 
 def test_a_scan_that_cannot_be_read_ends_in_its_own_error_and_no_manifest(
@@ -60,7 +51,7 @@ def test_broken_scans_are_listed_and_left_out_on_demand_only(
     assert not store.exists("data/d/manifest.json")
 
     manifest = prepare(store, "d", cases, CONFIG, quiet, [thick], skip_broken=True)
-    found = {row["case"]: row["code"] for row in manifest.excluded}
+    found = {one.case_id: one.code for one in manifest.excluded}
     codes = {broken[0].case_id: "image-unreadable", broken[1].case_id: "grid-mismatch"}
     assert found == codes | {"t": "slices-thick"}
     assert set(manifest.cases["train"]) == set(train) - set(codes)

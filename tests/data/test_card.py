@@ -13,10 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from painted import AXIAL, ball, write_pairs
+from painted import AXIAL, CONFIG, ball, quiet, write_pairs
 from PIL import Image
 
-from lungseg.config import DataConfig
 from lungseg.data.card import by_size, histogram, picture, reader_agreement, write_card
 from lungseg.data.case import Exclusion, Nodule
 from lungseg.data.prepare import prepare
@@ -72,13 +71,10 @@ def test_a_picture_is_the_slice_with_most_of_the_nodule_and_its_outline_in_mm() 
 @pytest.fixture(scope="module")
 def carded(ray_cluster: object, tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, Manifest]:
     folder = tmp_path_factory.mktemp("card")
-    config = DataConfig.model_validate(
-        {"split": {"val": 0.25, "test": 0.25, "seed": 2}, "patch": {"shape_zyx": [16, 16, 16]}}
-    )
     thick = Exclusion("<b>3</b>", "slices-thick", "slices of 5 mm, thicker than 2.5 mm")
     store = open_store(folder / "store")
     cases = write_pairs(folder / "pairs", 8)
-    return store, prepare(store, "d", cases, config, lambda done, total: None, [thick])
+    return store, prepare(store, "d", cases, CONFIG, quiet, [thick])
 
 
 def test_the_card_says_what_is_in_the_data_set_and_what_was_left_out(carded: tuple[Store, Manifest]) -> None:

@@ -7,18 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from painted import labelled, write_pairs
+from painted import contents, labelled, write_pairs
 
 from lungseg.config import DataConfig, PatchConfig
 from lungseg.data import shards
 from lungseg.data.scans import cut_patches, prepare_scan, to_grid
-from lungseg.storage import Store, open_store
+from lungseg.storage import open_store
 
 SMALL = PatchConfig(shape_zyx=(16, 16, 16))
-
-
-def contents(store: Store) -> dict[str, bytes]:
-    return {item.key: store.get(item.key) for item in store.find()}
 
 
 @pytest.mark.parametrize("spacing_mm", [(2.5, 0.7, 0.7), (1.25, 0.6, 0.6), (1.0, 1.0, 1.0), (0.5, 0.9, 1.3)])

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lungseg.config import Codec, DataConfig
+from lungseg.data.case import Exclusion
 from lungseg.data.shards import (
     IGNORE,
     Extent,
@@ -276,7 +277,7 @@ def manifest(name: str = "d") -> Manifest:
         volumes={"val": (VolumeEntry("c", "data/d/volumes/val/c.arrow", 7, "ef" * 32),), "test": ()},
         cases={"train": ("a", "b"), "val": ("c",), "test": ()},
         counts={"train": {"scans": 2, "nodules": 3, "patches": 10, "nodule": 10}},
-        excluded=({"case": "x", "reason": "slices of 5 mm, thicker than 2.5 mm"},),
+        excluded=(Exclusion("x", "slices-thick", "slices of 5 mm, thicker than 2.5 mm"),),
     )
 
 
