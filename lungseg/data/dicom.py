@@ -86,14 +86,24 @@ def find_series(folder: Path) -> dict[str, list[Path]]:
     with disable_value_validation():  # its warnings quote values, so also names
         for path in files:
             header = _dataset(path, folder, HEADER_TAGS)
-            if header is None or header.file_meta.get("MediaStorageSOPClassUID") == DICOMDIR:
-                continue
-            if not header.get("Modality") or not header.get("SeriesInstanceUID"):
-                # Cut short within the header: to leave it out could lose the last slice silently.
-                raise _broken(path, folder)
-            if header.Modality == "CT" and "LOCALIZER" not in (header.get("ImageType") or ()):
-                series.setdefault(str(header.SeriesInstanceUID), []).append(path)
+            try:
+                uid = "" if header is None else _ct_series(header)
+            except BROKEN as error:  # pydicom reads a value only when it is asked for
+                raise _broken(path, folder) from error
+            if uid:
+                series.setdefault(uid, []).append(path)
     return series
+
+
+def _ct_series(header: FileDataset) -> str:
+    """The UID of the CT series that a file belongs to; "" for a localizer, a DICOMDIR, another modality."""
+    if header.file_meta.get("MediaStorageSOPClassUID") == DICOMDIR:
+        return ""
+    if not header.get("Modality") or not header.get("SeriesInstanceUID"):
+        # Cut short within the header: to leave it out could lose the last slice silently.
+        raise ValueError("no modality, or no series")
+    wanted = header.Modality == "CT" and "LOCALIZER" not in (header.get("ImageType") or ())
+    return str(header.SeriesInstanceUID) if wanted else ""
 
 
 def read_series(folder: Path, series_uid: str | None = None) -> Volume:
@@ -178,10 +188,10 @@ def _read_slice(path: Path, folder: Path) -> _Slice:
     name = _shown(path.relative_to(folder))
     dataset = _dataset(path, folder)
     assert dataset is not None  # find_series has read its header
-    frames = str(dataset.get("NumberOfFrames") or 1)
-    if frames != "1" or dataset.get("SOPClassUID") == EnhancedCTImageStorage:
-        raise _not_2d(name, f"{frames} frames")
     try:
+        frames = str(dataset.get("NumberOfFrames") or 1)
+        if frames != "1" or dataset.get("SOPClassUID") == EnhancedCTImageStorage:
+            raise _not_2d(name, f"{frames} frames")
         missing = [tag for tag in GEOMETRY_TAGS if not dataset.get(tag)]
         if missing:
             remedy = "export the original axial slices, not a derived image"

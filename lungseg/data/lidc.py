@@ -143,10 +143,9 @@ def _series_uid(files: list[Path]) -> str:
     for file in files:
         try:
             header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=["SeriesInstanceUID"])
+            return str(header.get("SeriesInstanceUID", ""))
         except (InvalidDicomError, *BROKEN) as error:
             failure = failure or error
-        else:
-            return str(header.get("SeriesInstanceUID", ""))
     raise DataError("dicom-unreadable", file=files[0], remedy="download the series again") from failure
 
 

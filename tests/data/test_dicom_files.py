@@ -151,3 +151,15 @@ def test_numbers_with_more_digits_than_dicom_allows_are_read_without_a_warning(t
     recwarn.clear()
     assert read_series(tmp_path).geometry.spacing_mm[1:] == pytest.approx((0.75, 0.5))
     assert [str(warning.message) for warning in recwarn] == []
+
+
+@pytest.mark.parametrize("tag", [b"\x08\x00\x16\x00UI", b"\x08\x00\x60\x00CS", b"\x20\x00\x0e\x00UI"])
+def test_a_value_representation_that_does_not_exist_is_refused_by_name(tmp_path, tag):
+    """pydicom reads such a file, and fails when the value is asked for."""
+    write(tmp_path)
+    file = tmp_path / "3.dcm"
+    content = file.read_bytes()
+    assert content.count(tag) == 1
+    file.write_bytes(content.replace(tag, tag[:4] + b"\x55\x00"))
+    error = refused(tmp_path, DataError)
+    assert (error.code, error.where["file"]) == ("dicom-unreadable", "3.dcm")
