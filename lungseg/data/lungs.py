@@ -17,6 +17,7 @@ import edt
 import numpy as np
 from scipy import ndimage
 
+from lungseg.data.resample import interpolated_planes, taps
 from lungseg.data.volume import Geometry, Volume, vector
 
 BLOCK_MM = 2.5
@@ -58,33 +59,15 @@ def _blocks(volume: Volume) -> tuple[np.ndarray, Geometry]:
 
 
 def _onto_voxels(lungs: np.ndarray, shape_zyx: tuple[int, int, int]) -> np.ndarray:
-    """uint8: where the linear interpolation between the middles of blocks reaches 0.5.
-
-    One axis after the other, and plane by plane so that it stays in the CPU's cache: a resampling that knows
-    nothing of the two grids takes longer.
-    """
-    blocks = lungs.astype(np.float32)
+    """uint8: where the linear interpolation between the middles of blocks reaches 0.5."""
     in_z, in_y, in_x = (
-        _neighbours(count, length) for count, length in zip(lungs.shape, shape_zyx, strict=True)
+        taps((np.arange(length) + 0.5) / -(-length // blocks) - 0.5, blocks)
+        for blocks, length in zip(lungs.shape, shape_zyx, strict=True)
     )
-    (front, back, along_y), (left, right, along_x) = in_y, in_x
-    along_y = along_y[:, np.newaxis]
-    result = np.zeros(shape_zyx, np.uint8)
-    for plane, below, above, along_z in zip(result, *in_z, strict=True):
-        coarse = blocks[below] * (1 - along_z) + blocks[above] * along_z
-        if coarse.any():
-            rows = coarse[:, left] * (1 - along_x) + coarse[:, right] * along_x
-            plane[:] = rows[front] * (1 - along_y) + rows[back] * along_y >= 0.5
+    result = np.empty(shape_zyx, np.uint8)
+    for plane, values in zip(result, interpolated_planes(lungs, (in_z, in_y, in_x)), strict=True):
+        np.greater_equal(values, 0.5, out=plane.view(bool))
     return result
-
-
-def _neighbours(blocks: int, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each voxel the two blocks between whose middles it lies, and the share of the second; beyond the
-    outermost middles these extend."""
-    factor = -(-length // blocks)
-    at = np.clip((np.arange(length) + 0.5) / factor - 0.5, 0, blocks - 1)
-    below = np.floor(at).astype(int)
-    return below, np.minimum(below + 1, blocks - 1), (at - below).astype(np.float32)
 
 
 def _largest(blocks_hu: np.ndarray, grid: Geometry) -> list[np.ndarray]:

@@ -20,12 +20,13 @@ from lungseg.config import DataConfig, PatchConfig
 from lungseg.data import patches, shards
 from lungseg.data.case import Case, LabelledScan, ScanFacts
 from lungseg.data.lungs import lung_mask
+from lungseg.data.resample import resample, resample_mask
 from lungseg.data.shards import FORMAT, IGNORE, Patch, Shard
-from lungseg.data.volume import AIR_HU, Volume, resample, resample_mask, vector
+from lungseg.data.volume import AIR_HU, Volume, vector
 from lungseg.data.volumes import StoredVolume, VolumeEntry, copy_volume, write_volume
 from lungseg.storage import Store, to_json
 
-WORK_FORMAT = 3
+WORK_FORMAT = 4
 """Of what is kept of a scan: that of another version is not read."""
 KEPT = "scans"
 T = TypeVar("T", "Cut", VolumeEntry)
@@ -106,12 +107,13 @@ def to_grid(scan: LabelledScan, spacing_mm: tuple[float, float, float]) -> tuple
     """The scan on LPS axes at `spacing_mm` with its mask (IGNORE where the ignore regions are), and those
     regions alone. Masks go through linear interpolation and 0.5, which keeps a nodule's volume."""
     volume = resample(scan.volume, spacing_mm)
-
     target, ignore = (
         resample_mask(mask, scan.volume.geometry, volume.geometry) for mask in (scan.mask, scan.ignore)
     )
-    mask = np.where(target, np.uint8(1), np.where(ignore, np.uint8(IGNORE), np.uint8(0)))
-    return StoredVolume(volume, mask), ignore & ~target
+    ignore &= ~target
+    mask = target.view(np.uint8)
+    mask[ignore] = IGNORE
+    return StoredVolume(volume, mask), ignore
 
 
 def cut_patches(

@@ -1,4 +1,4 @@
-"""A scan as HU array and geometry: reading, writing and resampling of NIfTI and NRRD.
+"""A scan as HU array and geometry: reading and writing of NIfTI and NRRD.
 
 Arrays are [z, y, x]; indices, shapes and spacings are (z, y, x); patient coordinates are (x, y, z) in
 DICOM's LPS millimetres (x to the patient's left, y to the back, z to the head). An index names the
@@ -8,7 +8,6 @@ centre of a voxel, so a volume reaches half a voxel beyond its first and last ce
 from __future__ import annotations
 
 import gzip
-import itertools
 import math
 import os
 import struct
@@ -122,7 +121,7 @@ def write_mask(path: Path, mask: np.ndarray, geometry: Geometry) -> None:
     path = Path(path)
     if not path.name.endswith(".nii.gz"):
         raise DataError("mask-suffix", file=path, remedy="name the mask .nii.gz")
-    image = _to_sitk(mask.astype(np.uint8, copy=False), geometry)
+    image = to_sitk(mask.astype(np.uint8, copy=False), geometry)
     temporary = path.with_name(f".{os.getpid()}-{path.name}")
     try:
         sitk.WriteImage(image, str(temporary), useCompression=True)
@@ -132,77 +131,6 @@ def write_mask(path: Path, mask: np.ndarray, geometry: Geometry) -> None:
         raise DataError("mask-unwritable", file=path, remedy=remedy) from error
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def resample(volume: Volume, spacing_mm: Vector) -> Volume:
-    """The scan on LPS axes with `spacing_mm` (z, y, x), by linear interpolation.
-
-    Axes are first flipped and permuted to run to the left, back and head; a tilted grid keeps its tilt
-    and takes its nearest axes. The new grid has round(extent / spacing) voxels an axis and the same
-    middle as the old one, so every new voxel centre lies within the old extent and nothing is invented.
-    No low-pass filter is applied: up to a factor of 2 linear interpolation already mixes the neighbours
-    (nnU-Net and MONAI resample the same way), and LIDC's finest pixel, 0.46 mm, to 1 mm is 2.2.
-    """
-    array, geometry = volume.volume_hu, volume.geometry
-    oriented = _geometry(sitk.DICOMOrient(_to_sitk(array, geometry), "LPS"))
-    extent_mm = np.multiply(oriented.shape_zyx, oriented.spacing_mm)
-    depth, height, width = (max(1, round(count)) for count in extent_mm / spacing_mm)
-    shape = (depth, height, width)
-    span_mm = extent_mm - oriented.spacing_mm - np.subtract(shape, 1) * spacing_mm
-    first = vector(oriented.to_lps_mm(span_mm / 2 / oriented.spacing_mm))
-    target = Geometry(shape, vector(spacing_mm), first, oriented.direction_lps)
-    return Volume(resample_onto(array, geometry, target, nearest=False, outside=AIR_HU), target)
-
-
-def resample_onto(
-    array: np.ndarray, source: Geometry, target: Geometry, *, nearest: bool, outside: float = 0
-) -> np.ndarray:
-    """`array` [z, y, x] of grid `source` on grid `target`, in its own dtype (bool becomes uint8).
-
-    Linear values of integer arrays are rounded. Beyond half a voxel from the outermost centres of
-    `source` lies `outside`. Raises GeometryError("shape-mismatch") if `array` is not on `source`.
-    """
-    dtype = np.dtype(np.uint8) if array.dtype == bool else array.dtype
-    # SimpleITK truncates linear values of integer images, so they are interpolated as floats.
-    work = dtype if nearest or dtype.kind == "f" else np.dtype(np.float32)
-    resampler = sitk.ResampleImageFilter()
-    resampler.SetSize(target.shape_zyx[::-1])
-    resampler.SetOutputSpacing(target.spacing_mm[::-1])
-    resampler.SetOutputOrigin(target.origin_lps_mm)
-    resampler.SetOutputDirection(np.ravel(target.direction_lps).tolist())
-    resampler.SetInterpolator(sitk.sitkNearestNeighbor if nearest else sitk.sitkLinear)
-    resampler.SetDefaultPixelValue(outside)
-    image = resampler.Execute(_to_sitk(array.astype(work, copy=False), source))
-    if work == dtype:
-        return sitk.GetArrayFromImage(image)
-    result = np.empty(target.shape_zyx, dtype)
-    for plane, values in zip(result, sitk.GetArrayViewFromImage(image), strict=True):
-        plane[:] = np.rint(values)  # plane by plane: whole arrays of floats do not fit into a CPU's cache
-    return result
-
-
-def resample_mask(mask: np.ndarray, source: Geometry, target: Geometry) -> np.ndarray:
-    """bool [z, y, x] on `target`: where linear interpolation of `mask` (bool or 0 and 1) reaches 0.5, which
-    keeps the volume of what is masked. Only the surroundings of the mask are computed."""
-    result = np.zeros(target.shape_zyx, bool)
-    sides = [np.flatnonzero(mask.any(axis=others)) for others in ((1, 2), (0, 2), (0, 1))]
-    if not sides[0].size:
-        return result
-    inside = _box(np.array([side[[0, -1]] for side in sides]), mask.shape)
-    corners = np.array(list(itertools.product(*((side.start - 1, side.stop) for side in inside))))
-    around = _box(target.to_index_zyx(source.to_lps_mm(corners)).T, result.shape)
-    if around:
-        part = mask[inside].astype(np.float32)
-        soft = resample_onto(part, source.part(inside), target.part(around), nearest=False)
-        result[around] = soft >= 0.5
-    return result
-
-
-def _box(indices_zyx: np.ndarray, shape_zyx: tuple[int, ...]) -> tuple[slice, ...]:
-    """Of indices [3, n] and a voxel around them, as far as it lies in the grid; () where it does not."""
-    first = np.maximum(np.floor(indices_zyx.min(axis=1)).astype(int) - 1, 0)
-    stop = np.minimum(np.ceil(indices_zyx.max(axis=1)).astype(int) + 2, shape_zyx)
-    return tuple(map(slice, first.tolist(), stop.tolist())) if (first < stop).all() else ()
 
 
 def _open(path: Path) -> sitk.ImageFileReader:
@@ -263,7 +191,7 @@ def _unreadable(path: Path) -> DataError:
     return DataError("image-unreadable", file=path, remedy=remedy)
 
 
-def _to_sitk(array: np.ndarray, geometry: Geometry) -> sitk.Image:
+def to_sitk(array: np.ndarray, geometry: Geometry) -> sitk.Image:
     if array.shape != geometry.shape_zyx:
         remedy = "pass an array on the grid of its geometry"
         raise GeometryError("shape-mismatch", array=array.shape, geometry=geometry.shape_zyx, remedy=remedy)

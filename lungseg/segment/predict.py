@@ -17,7 +17,8 @@ from lungseg.config import Recipe
 from lungseg.data.dicom import read_series
 from lungseg.data.identity import case_id, case_key
 from lungseg.data.lungs import lung_mask
-from lungseg.data.volume import SUFFIXES, Geometry, Volume, read_image, resample, resample_onto, write_mask
+from lungseg.data.resample import resample, resample_onto
+from lungseg.data.volume import SUFFIXES, Geometry, Volume, read_image, write_mask
 from lungseg.errors import DataError
 from lungseg.segment.postprocess import components
 from lungseg.segment.quantify import NoduleMeasurement, measure

@@ -118,7 +118,7 @@ def write_source(folder: Path, patches: int) -> None:
     third with a ball as mask."""
     from lungseg.data.dicom import read_series
     from lungseg.data.phantom import write_phantom
-    from lungseg.data.volume import resample
+    from lungseg.data.resample import resample
 
     real = REAL_DATA / "ct_c3n00247"
     series = real if real.is_dir() else write_phantom(folder / "phantom", 1, 0)[0]

@@ -10,7 +10,8 @@ import pytest
 
 from lungseg.data.dicom import read_series
 from lungseg.data.lungs import _blocks, _onto_voxels, lung_mask
-from lungseg.data.volume import Geometry, Volume, read_image, resample, resample_onto
+from lungseg.data.resample import resample, resample_onto
+from lungseg.data.volume import Geometry, Volume, read_image
 
 REAL = Path(__file__).parents[3] / "shared" / "data"
 SPACING = (3.0, 1.6, 1.6)
