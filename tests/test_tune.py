@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from balls import write_balls
+from scraping import Endpoint
 
 from lungseg.config import load_recipe
 from lungseg.errors import RunError
@@ -17,29 +18,27 @@ from lungseg.train.run import load_run, pull_best
 from lungseg.tune import Trial, tune
 
 TRIALS, EPOCHS = 3, 2
-RECIPE = load_recipe(
-    None,
-    [
-        "model.depth=2",
-        "train.global_batch=2",
-        f"train.epochs={EPOCHS}",
-        "train.cpus_per_worker=1",
-        "train.precision=float32",
-        "tune.width=[2, 3]",
-        "train.steps_per_epoch=15",
-        "optimizer.warmup_steps=2",
-        "tune.learning_rate=[0.03, 0.1]",
-        "tune.grace_epochs=1",
-        "tune.reduction_factor=2",
-    ],
-)
+SETTINGS = [
+    "model.depth=2",
+    "train.global_batch=2",
+    f"train.epochs={EPOCHS}",
+    "train.cpus_per_worker=1",
+    "train.precision=float32",
+    "tune.width=[2, 3]",
+    "train.steps_per_epoch=15",
+    "optimizer.warmup_steps=2",
+    "tune.learning_rate=[0.03, 0.1]",
+    "tune.grace_epochs=1",
+    "tune.reduction_factor=2",
+]
+RECIPE = load_recipe(None, SETTINGS)
 
 
 @pytest.fixture(scope="module")
-def searched(ray_cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, list[Trial]]:
+def searched(endpoint: Endpoint, tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, list[Trial]]:
     store = open_store(tmp_path_factory.mktemp("store"))
     write_balls(store, train=6, val=3)
-    return store, tune(store, "balls", "search", RECIPE, TRIALS)
+    return store, tune(store, "balls", "search", load_recipe(None, [*SETTINGS, *endpoint.settings]), TRIALS)
 
 
 @pytest.mark.slow
@@ -73,6 +72,20 @@ def test_the_best_trials_checkpoint_is_the_best_of_the_run(
         assert variable.numpy().tobytes() == expected.weights[variable.path].tobytes()
     assert pull_best(store, "search", tmp_path / "out")["val_dice"] == won.val_dice
     assert load_run(store, "search").kind == "tune"
+
+
+@pytest.mark.slow
+def test_prometheus_sees_each_trial_by_its_name(
+    searched: tuple[Store, list[Trial]], endpoint: Endpoint
+) -> None:
+    found = endpoint.scrape()
+    shown = {trial for name, run, trial, _ in found if (name, run) == ("lungseg_val_dice", "search")}
+    assert shown == {trial.trial for trial in searched[1]}
+    for trial in searched[1]:
+        # Tune kills a trial that it stops, within the next epoch at the earliest.
+        assert 15 <= found["lungseg_step_seconds_count", "search", trial.trial, "0"] <= 15 * EPOCHS
+        assert found["lungseg_patches_total", "search", trial.trial, "0"] >= 30
+        assert found["lungseg_val_dice", "search", trial.trial, "0"] <= trial.val_dice
 
 
 @pytest.mark.slow
