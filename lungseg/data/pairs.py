@@ -26,7 +26,7 @@ from lungseg.config import PairsConfig
 from lungseg.data.case import LabelledScan, Nodule, stamp_of
 from lungseg.data.identity import case_id, case_key
 from lungseg.data.layouts import read_layout
-from lungseg.data.volume import Geometry, read_geometry, read_image, read_labels, vector
+from lungseg.data.volume import Geometry, bounding_box, read_geometry, read_image, read_labels, vector
 from lungseg.errors import DataError, GeometryError
 
 SAME_PLACE_MM = 0.01
@@ -168,13 +168,16 @@ def _check_grids(image: Path, mask: Path) -> None:
 
 
 def _nodules(mask: np.ndarray, geometry: Geometry) -> tuple[Nodule, ...]:
-    labels, count = cc3d.connected_components(mask, connectivity=26, return_N=True)
-    statistics = cc3d.statistics(labels)
+    box = bounding_box(mask)
+    if not box:
+        return ()
+    labels, count = cc3d.connected_components(mask[box], connectivity=26, return_N=True)
+    statistics, part = cc3d.statistics(labels), geometry.part(box)
     voxel_mm3 = math.prod(geometry.spacing_mm)
     return tuple(
         Nodule(
             nodule_id=str(label),
-            centre_lps_mm=vector(geometry.to_lps_mm(statistics["centroids"][label])),
+            centre_lps_mm=vector(part.to_lps_mm(statistics["centroids"][label])),
             diameter_mm=math.cbrt(6 / math.pi * float(statistics["voxel_counts"][label]) * voxel_mm3),
             readers=0,
         )

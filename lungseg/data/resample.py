@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import SimpleITK as sitk  # noqa: N813
 
-from lungseg.data.volume import Geometry, Vector, Volume, to_sitk, vector
+from lungseg.data.volume import Geometry, Vector, Volume, bounding_box, to_sitk, vector
 
 
 class Taps(NamedTuple):
@@ -142,10 +142,10 @@ def resample_mask(mask: np.ndarray, source: Geometry, target: Geometry) -> np.nd
     """bool [z, y, x] on `target`: where linear interpolation of `mask` (bool or 0 and 1) reaches 0.5, which
     keeps the volume of what is masked. Only the surroundings of the mask are computed."""
     result = np.zeros(target.shape_zyx, bool)
-    sides = [np.flatnonzero(mask.any(axis=others)) for others in ((1, 2), (0, 2), (0, 1))]
-    if not sides[0].size:
+    tight = bounding_box(mask)
+    if not tight:
         return result
-    inside = _box(np.array([side[[0, -1]] for side in sides]), mask.shape)
+    inside = _box(np.array([[side.start, side.stop - 1] for side in tight]), mask.shape)
     corners = np.array(list(itertools.product(*((side.start - 1, side.stop) for side in inside))))
     around = _box(target.to_index_zyx(source.to_lps_mm(corners)).T, result.shape)
     if around:

@@ -77,6 +77,12 @@ class Volume:
     geometry: Geometry
 
 
+def bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
+    """The smallest box that holds every nonzero voxel of `mask` [z, y, x]; () where there is none."""
+    sides = [np.flatnonzero(mask.any(axis=others)) for others in ((1, 2), (0, 2), (0, 1))]
+    return tuple(slice(int(side[0]), int(side[-1]) + 1) for side in sides) if sides[0].size else ()
+
+
 def read_image(path: Path) -> Volume:
     """A CT scan in HU, rounded and clipped to int16.
 

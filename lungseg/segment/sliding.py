@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 
 from lungseg.config import SegmentConfig
-from lungseg.data.volume import AIR_HU
+from lungseg.data.volume import AIR_HU, bounding_box
 from lungseg.errors import ConfigError, RunError
 
 CONTEXT_VOXELS = 16  # around the lungs' box, for what grows on the pleura
@@ -72,14 +72,9 @@ def mirrored(predict: Predictor) -> Predictor:
 
 def _around(lungs: np.ndarray) -> tuple[slice, ...]:
     """The box of the lungs and CONTEXT_VOXELS more on each side; empty without lungs."""
-    sides = []
-    for axis in range(lungs.ndim):
-        inside = np.flatnonzero(lungs.any(axis=tuple(other for other in range(lungs.ndim) if other != axis)))
-        if not inside.size:
-            return ()
-        first, last = int(inside[0]), int(inside[-1])
-        sides.append(slice(max(0, first - CONTEXT_VOXELS), last + 1 + CONTEXT_VOXELS))
-    return tuple(sides)
+    return tuple(
+        slice(max(0, side.start - CONTEXT_VOXELS), side.stop + CONTEXT_VOXELS) for side in bounding_box(lungs)
+    )
 
 
 def _tile(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import signal
+import socket
 import tempfile
 import threading
 import time
@@ -19,7 +21,7 @@ from lungseg.data.shards import Manifest, load_manifest
 from lungseg.errors import ConfigError, LungsegError, RunError, StorageError
 from lungseg.exporter import Source, count_restart, pushing, start_exporter
 from lungseg.storage import Store
-from lungseg.telemetry import GROUP_METRICS, WORKER_METRICS, log, quiet_tensorflow
+from lungseg.telemetry import GROUP_METRICS, WORKER_METRICS, log
 from lungseg.train.checkpoint import Checkpoints
 from lungseg.train.notice import heed_sigterm, was_asked
 from lungseg.train.run import Mode, load_run, open_run, refuse_taken, run_exists, run_root
@@ -73,9 +75,7 @@ def fit(
     """
     ray = connect()
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-
-    with quiet_tensorflow():
-        from ray.train.tensorflow import TensorflowTrainer
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
     cpus = cpus_per_worker(recipe, ray.nodes())
     resources: dict[str, float] = {"CPU": cpus}
@@ -86,7 +86,7 @@ def fit(
         tempfile.TemporaryDirectory(prefix="lungseg-ray-", ignore_cleanup_errors=True) as scratch,
         pushing(exporter, source, GROUP_METRICS, recipe.telemetry.push_seconds),
     ):
-        trainer = TensorflowTrainer(
+        trainer = DataParallelTrainer(
             _worker,
             train_loop_config={
                 "job": (store, root, attempt, manifest, recipe.model_dump(mode="json"), init),
@@ -95,7 +95,7 @@ def fit(
                 "settled": bool(callbacks),
                 "metrics": (exporter, source),
             },
-            tensorflow_config=_backend_config(),
+            backend_config=_backend_config(),
             scaling_config=ScalingConfig(
                 num_workers=recipe.train.workers,
                 use_gpu=bool(recipe.train.gpus_per_worker),
@@ -121,22 +121,47 @@ def fit(
 
 
 def _backend_config() -> Any:
-    """TensorFlow's, with workers that heed SIGTERM. Signal handlers are for a process's main thread, where
-    Ray runs this, and not the training."""
-    from ray.train.tensorflow import TensorflowConfig
+    """Names a worker's peers to TensorFlow, and lets it heed SIGTERM: signal handlers are for a process's
+    main thread, where Ray runs this, and not the training.
 
-    base: Any = TensorflowConfig().backend_cls
+    Ray's own TensorflowConfig does the first. But whoever imports it imports TensorFlow, and that would be
+    the driver and Ray's controller, one after the other, before a worker starts.
+    """
+    import ray
+    from ray.train.backend import Backend, BackendConfig
 
-    class Backend(base):
+    class Peers(Backend):
+        def on_start(self, worker_group: Any, backend_config: Any) -> None:
+            addresses = worker_group.execute(_address)
+            each = range(len(addresses))
+            ray.get([worker_group.execute_single_async(rank, _meet, addresses, rank) for rank in each])
+
         def on_training_start(self, worker_group: Any, backend_config: Any) -> None:
             worker_group.execute(heed_sigterm)
 
-    class Config(TensorflowConfig):
+    class Config(BackendConfig):
         @property
         def backend_cls(self) -> Any:
-            return Backend
+            return Peers
 
     return Config()
+
+
+def _address() -> str:
+    """Where the peers of this worker's TensorFlow will reach it."""
+    from ray.util import get_node_ip_address
+
+    host = get_node_ip_address()
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as free:
+        free.bind((host, 0))
+        port = free.getsockname()[1]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _meet(addresses: list[str], rank: int) -> None:
+    os.environ["TF_CONFIG"] = json.dumps(
+        {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": rank}}
+    )
 
 
 def _source(root: str) -> Source:
