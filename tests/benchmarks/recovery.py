@@ -117,17 +117,21 @@ class Command:
     def __init__(self, cluster: Cluster, store: str, run: str, log: Path) -> None:
         line = [sys.executable, "-m", "lungseg.cli", "train", "--store", store, "--data", "balls"]
         line += ["--run", run, "--resume", *(part for one in SETTINGS for part in ("--set", one))]
-        self.log, self.began = log, time.monotonic()
+        self.log, self.began, self.seen = log, time.monotonic(), set[str]()
         self.process = subprocess.Popen(
             line, env=cluster.environment, text=True, start_new_session=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
 
     def until(self, pattern: str) -> re.Match[str]:
-        """The first line that matches, now that it has come."""
+        """The first new line that matches, now that it has come. Ray shows a line once for each node that
+        keeps its logs in this machine's folder, here all three."""
         assert self.process.stdout is not None
         with self.log.open("a") as copy:
             for line in self.process.stdout:
+                if line in self.seen:
+                    continue
+                self.seen.add(line)
                 copy.write(line)
                 if found := re.search(pattern, line):
                     return found
