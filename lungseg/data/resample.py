@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import SimpleITK as sitk  # noqa: N813
 
-from lungseg.data.volume import Geometry, Vector, Volume, bounding_box, to_sitk, vector
+from lungseg.data.volume import Geometry, Vector, Volume, bounding_box, require_on, to_sitk, vector
 
 
 class Taps(NamedTuple):
@@ -65,7 +65,9 @@ def resample(volume: Volume, spacing_mm: Vector) -> Volume:
     middle as the old one, so every new voxel centre lies within the old extent and nothing is invented.
     No low-pass filter is applied: up to a factor of 2 linear interpolation already mixes the neighbours
     (nnU-Net and MONAI resample the same way), and LIDC's finest pixel, 0.46 mm, to 1 mm is 2.2.
+    Raises GeometryError("shape-mismatch") if the scan is not on its own grid.
     """
+    require_on(volume.volume_hu, volume.geometry)
     oriented = _along_lps(volume)
     old = oriented.geometry
     extent_mm = np.multiply(old.shape_zyx, old.spacing_mm)

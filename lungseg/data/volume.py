@@ -197,10 +197,16 @@ def _unreadable(path: Path) -> DataError:
     return DataError("image-unreadable", file=path, remedy=remedy)
 
 
-def to_sitk(array: np.ndarray, geometry: Geometry) -> sitk.Image:
+def require_on(array: np.ndarray, geometry: Geometry) -> None:
+    """Raises GeometryError("shape-mismatch") unless `array` is on the grid of `geometry`."""
     if array.shape != geometry.shape_zyx:
         remedy = "pass an array on the grid of its geometry"
         raise GeometryError("shape-mismatch", array=array.shape, geometry=geometry.shape_zyx, remedy=remedy)
+
+
+def to_sitk(array: np.ndarray, geometry: Geometry) -> sitk.Image:
+    """Raises GeometryError("shape-mismatch")."""
+    require_on(array, geometry)
     image = sitk.GetImageFromArray(array.view(np.uint8) if array.dtype == bool else array)
     image.SetSpacing(geometry.spacing_mm[::-1])
     image.SetOrigin(geometry.origin_lps_mm)

@@ -89,6 +89,9 @@ def test_an_array_that_is_not_on_its_grid_is_refused():
     with pytest.raises(GeometryError) as caught:
         resample_onto(np.zeros((5, 6, 6), np.uint8), geometry_of(), geometry_of(), nearest=True)
     assert caught.value.code == "shape-mismatch"
+    with pytest.raises(GeometryError) as caught:
+        resample(Volume(np.zeros((5, 6, 6), np.int16), geometry_of()), (1.0, 1.0, 1.0))
+    assert caught.value.code == "shape-mismatch"
 
 
 @given(
