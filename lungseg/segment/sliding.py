@@ -29,9 +29,10 @@ def predict_volume(
     """Probability float32 [z, y, x] of `volume_hu` (int16 [z, y, x]), averaged over overlapping windows.
 
     Windows are weighted by a Gaussian, since predictions near a window's border lack context (Isensee et
-    al., nnU-Net, Nature Methods 2021). A window is never larger than the volume rounded up to `multiple`, the
-    network's total stride; what it still lacks is filled with air. Every call of `predict` has the same
-    shape, `config.batch` windows, so that a graph is traced once.
+    al., nnU-Net, Nature Methods 2021). A window is never larger than the volume rounded down to `multiple`,
+    the network's total stride, so that only a volume thinner than that is filled with air: instance norm
+    takes its statistics of the whole window, and air that no training patch had shifts them. Every call of
+    `predict` has the same shape, `config.batch` windows, so that a graph is traced once.
 
     With `lungs` (nonzero inside, same grid) and `config.lungs_only`, only the lungs' box and some context
     around it is tiled, and windows without a lung voxel are not predicted: voxels that lie in no window get
@@ -87,7 +88,7 @@ def _tile(
 ) -> np.ndarray:
     shape = volume_hu.shape
     window = tuple(
-        min(side, math.ceil(size / multiple) * multiple)
+        min(side, max(1, size // multiple) * multiple)
         for side, size in zip(config.window_zyx, shape, strict=True)
     )
     margins = [

@@ -8,6 +8,7 @@ bfloat16, in which this CPU is faster; channels last. Learning rate, batch and w
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import sys
@@ -20,6 +21,7 @@ import monai.transforms as mt
 import numpy as np
 import torch
 from monai.data import CacheDataset, DataLoader
+from monai.inferers import SlidingWindowInferer
 from monai.losses import DiceCELoss
 from monai.networks.nets import BasicUNet, DynUNet
 from monai.utils import set_determinism
@@ -80,18 +82,19 @@ def train(job: Any, model: torch.nn.Module, batches: DataLoader) -> int:
             done += 1
 
 
-def predict(job: Any, model: torch.nn.Module, name: str) -> np.ndarray:
-    """The whole crop at once, padded with air to a multiple of the network's stride."""
+def predict(job: Any, model: torch.nn.Module, name: str, images: list[tuple[int, ...]]) -> np.ndarray:
+    """MONAI's sliding window of the size trained at; the mean over mirror images, given by their axes."""
     read = mt.Compose(
         [mt.LoadImage(), mt.EnsureChannelFirst(), mt.ScaleIntensityRange(-1000, 400, -1, 1, True)]
     )
-    image = read(Path(job.crops) / "images" / f"{name}.nii.gz").as_tensor()
-    pad = -image.shape[-1] % 8
-    padded = torch.nn.functional.pad(image, (0, pad) * 3, value=-1)
+    image = read(Path(job.crops) / "images" / f"{name}.nii.gz").as_tensor()[None]
+    windows = SlidingWindowInferer((CROP,) * 3, overlap=0.25, mode="gaussian")
+    total = torch.zeros_like(image)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        logits = model(padded[None])[0, 0]
-    x, y, z = image.shape[1:]
-    return (logits[:x, :y, :z] > 0).numpy().transpose(2, 1, 0)  # MONAI reads (x, y, z)
+        for axes in images:
+            logits = windows(image.flip(axes), lambda part: model(part).float())
+            total += torch.sigmoid(logits.float()).flip(axes)
+    return (total[0, 0] / len(images) > 0.5).numpy().transpose(2, 1, 0)  # MONAI reads (x, y, z)
 
 
 def main() -> None:
@@ -103,8 +106,10 @@ def main() -> None:
     steps = train(job, model.train(), batches)
     seconds = time.monotonic() - began
     model.eval()
-    masks = {name: predict(job, model, name) for name in job.split["test"]}
-    np.savez_compressed(Path(job.folder) / "masks.npz", **masks)
+    mirrors = [axes for count in range(4) for axes in itertools.combinations((2, 3, 4), count)]
+    for title, images in (("masks", mirrors), ("plain", [()])):
+        found = {name: predict(job, model, name, images) for name in job.split["test"]}
+        np.savez_compressed(Path(job.folder) / f"{title}.npz", **found)
     print(json.dumps({"steps": steps, "seconds": seconds}))
 
 
