@@ -113,31 +113,22 @@ def _along_lps(volume: Volume) -> Volume:
     return Volume(view, turned)
 
 
-def resample_onto(
-    array: np.ndarray, source: Geometry, target: Geometry, *, nearest: bool, outside: float = 0
-) -> np.ndarray:
+def resample_onto(array: np.ndarray, source: Geometry, target: Geometry) -> np.ndarray:
     """`array` [z, y, x] of grid `source` on grid `target`, in its own dtype (bool becomes uint8).
 
-    Linear values of integer arrays are rounded. Beyond half a voxel from the outermost centres of
-    `source` lies `outside`. Raises GeometryError("shape-mismatch") if `array` is not on `source`.
+    Floats are interpolated linearly; of anything else, a label, the nearest voxel is taken. Beyond half a
+    voxel from the outermost centres of `source` lies 0. Raises GeometryError("shape-mismatch") if `array`
+    is not on `source`.
     """
-    dtype = np.dtype(np.uint8) if array.dtype == bool else array.dtype
-    # SimpleITK truncates linear values of integer images, so they are interpolated as floats.
-    work = dtype if nearest or dtype.kind == "f" else np.dtype(np.float32)
+    linear = array.dtype.kind == "f"
     resampler = sitk.ResampleImageFilter()
     resampler.SetSize(target.shape_zyx[::-1])
     resampler.SetOutputSpacing(target.spacing_mm[::-1])
     resampler.SetOutputOrigin(target.origin_lps_mm)
     resampler.SetOutputDirection(np.ravel(target.direction_lps).tolist())
-    resampler.SetInterpolator(sitk.sitkNearestNeighbor if nearest else sitk.sitkLinear)
-    resampler.SetDefaultPixelValue(outside)
-    image = resampler.Execute(to_sitk(array.astype(work, copy=False), source))
-    if work == dtype:
-        return sitk.GetArrayFromImage(image)
-    result = np.empty(target.shape_zyx, dtype)
-    for plane, values in zip(result, sitk.GetArrayViewFromImage(image), strict=True):
-        plane[:] = np.rint(values)  # plane by plane: whole arrays of floats do not fit into a CPU's cache
-    return result
+    resampler.SetInterpolator(sitk.sitkLinear if linear else sitk.sitkNearestNeighbor)
+    work = array.view(np.uint8) if array.dtype == bool else array
+    return sitk.GetArrayFromImage(resampler.Execute(to_sitk(work, source)))
 
 
 def resample_mask(mask: np.ndarray, source: Geometry, target: Geometry) -> np.ndarray:
@@ -152,7 +143,7 @@ def resample_mask(mask: np.ndarray, source: Geometry, target: Geometry) -> np.nd
     around = _box(target.to_index_zyx(source.to_lps_mm(corners)).T, result.shape)
     if around:
         part = mask[inside].astype(np.float32)
-        soft = resample_onto(part, source.part(inside), target.part(around), nearest=False)
+        soft = resample_onto(part, source.part(inside), target.part(around))
         result[around] = soft >= 0.5
     return result
 

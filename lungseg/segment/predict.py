@@ -98,8 +98,8 @@ def segment(
         progress=progress,
         multiple=recipe.model.total_stride,
     )
-    probability = resample_onto(coarse, working.geometry, volume.geometry, nearest=False)
-    own_lungs = resample_onto(lungs, working.geometry, volume.geometry, nearest=True) if lungs_found else None
+    probability = resample_onto(coarse, working.geometry, volume.geometry)
+    own_lungs = resample_onto(lungs, working.geometry, volume.geometry) if lungs_found else None
     labels = components(probability, config, volume.geometry.spacing_mm, own_lungs)
     nodules = tuple(measure(labels, volume, probability))
     return Segmentation(labels, volume.geometry, nodules, config.threshold, lungs_found)

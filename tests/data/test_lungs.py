@@ -145,7 +145,7 @@ def test_voxels_are_interpolated_between_the_middles_of_blocks_as_itk_does(spaci
     blocks, grid = _blocks(Volume(np.zeros(shape, np.int16), Geometry(shape, spacing, (5, 6, 7), IDENTITY)))
     chosen = np.random.default_rng(0).random(blocks.shape) < 0.5
     target = Geometry(shape, spacing, (5.0, 6.0, 7.0), IDENTITY)
-    soft = resample_onto(chosen.astype(np.float32), grid, target, nearest=False)
+    soft = resample_onto(chosen.astype(np.float32), grid, target)
     found = _onto_voxels(chosen, shape)
     decided = np.abs(soft - 0.5) > 1e-4
     assert decided.mean() > 0.7

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lungseg.data.resample import resample, resample_mask, resample_onto
-from lungseg.data.volume import AIR_HU, Geometry, Volume, vector
+from lungseg.data.volume import Geometry, Volume, vector
 from lungseg.errors import GeometryError
 
 
@@ -70,24 +70,26 @@ def test_halving_the_resolution_averages_neighbours():
     assert np.abs(result.volume_hu - means).max() <= 0.5 + 1e-4
 
 
-def test_moving_onto_another_grid_fills_outside_and_rounds():
+def test_on_another_grid_floats_are_interpolated_and_labels_are_the_nearest():
     source = geometry_of((3, 3, 3), (1.0, 1.0, 1.0), (0.0, 0.0, 0.0))
     target = geometry_of((1, 1, 7), (1.0, 1.0, 0.5), (-1.0, 1.0, 1.0))
-    values = np.broadcast_to(np.array([0, 1, 8], np.int16), (3, 3, 3)).copy()
-    linear = resample_onto(values, source, target, nearest=False, outside=AIR_HU)
+    values = np.broadcast_to(np.array([2, 4, 8], np.uint8), (3, 3, 3)).copy()
+    linear = resample_onto(values.astype(np.float32), source, target)
     # x = -1, -0.5, 0, 0.5, 1, 1.5, 2; half a voxel beyond the first centre still belongs to it.
-    assert linear.dtype == np.int16
-    assert linear[0, 0, [0, 2, 4, 5, 6]].tolist() == [AIR_HU, 0, 1, 4, 8]  # 4.5 rounds to even
-    nearest = resample_onto(values.astype(bool), source, target, nearest=True)
+    assert linear.dtype == np.float32
+    assert linear[0, 0].tolist()[:1] + linear[0, 0].tolist()[2:] == [0, 2, 3, 4, 6, 8]
+    nearest = resample_onto(values, source, target)
     assert nearest.dtype == np.uint8
-    assert nearest[0, 0, [0, 2, 4, 6]].tolist() == [0, 0, 1, 1]
-    half = resample_onto(values.astype(np.float32), source, target, nearest=False)
-    assert half[0, 0, 3] == pytest.approx(0.5)
+    assert nearest[0, 0, [0, 2, 4, 6]].tolist() == [0, 2, 4, 8]
+    assert set(nearest.ravel().tolist()) <= {0, 2, 4, 8}
+    mask = resample_onto(values > 3, source, target)
+    assert mask.dtype == np.uint8
+    assert mask[0, 0, [0, 2, 4, 6]].tolist() == [0, 0, 1, 1]
 
 
 def test_an_array_that_is_not_on_its_grid_is_refused():
     with pytest.raises(GeometryError) as caught:
-        resample_onto(np.zeros((5, 6, 6), np.uint8), geometry_of(), geometry_of(), nearest=True)
+        resample_onto(np.zeros((5, 6, 6), np.uint8), geometry_of(), geometry_of())
     assert caught.value.code == "shape-mismatch"
     with pytest.raises(GeometryError) as caught:
         resample(Volume(np.zeros((5, 6, 6), np.int16), geometry_of()), (1.0, 1.0, 1.0))
@@ -111,7 +113,7 @@ def test_a_mask_in_its_own_surroundings_is_the_mask_resampled_whole(seed, spacin
     direction = np.eye(3)[list(axes)] * random.choice([-1, 1], 3)
     source = Geometry(shape, spacings[:3], (3.0, -5.0, 8.0), tuple(vector(row) for row in direction))
     grid = geometry_of((12, 17, 15), spacings[3:], (-8.0 + shift, -14.0, -3.0))
-    whole = resample_onto(mask.astype(np.float32), source, grid, nearest=False)
+    whole = resample_onto(mask.astype(np.float32), source, grid)
     decided = np.abs(whole - 0.5) > 1e-4
     np.testing.assert_array_equal(resample_mask(mask, source, grid)[decided], whole[decided] > 0.5)
 
@@ -127,7 +129,8 @@ def test_one_axis_after_the_other_is_what_simpleitk_makes_of_any_grids(seed, sha
     values = np.random.default_rng(seed).integers(-1024, 3000, shape).astype(np.int16)
     source = geometry_of(shape, spacings[:3], direction=turned(angles_deg))
     result = resample(Volume(values, source), spacings[3:])
-    expected = resample_onto(values.astype(np.float32), source, result.geometry, nearest=False, outside=9999)
-    sure = expected != 9999  # within rounding of half a voxel beyond the outermost centres
+    expected = resample_onto(values.astype(np.float32), source, result.geometry)
+    # Within rounding of half a voxel beyond the outermost centres, to SimpleITK a voxel may lie outside.
+    sure = resample_onto(np.ones(shape, np.float32), source, result.geometry) > 0.5
     assert sure.mean() > 0.5 or min(shape) == 1
     assert np.abs(result.volume_hu - expected)[sure].max(initial=0) <= 0.5 + 0.01
