@@ -23,7 +23,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
-from peers import Meter
+from meter import Meter
 
 from lungseg.config import ShardConfig, StreamConfig
 from lungseg.data.shards import Manifest, Patch, load_manifest, manifest_key, write_shard
