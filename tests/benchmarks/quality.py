@@ -103,6 +103,27 @@ def line(minutes: float, title: str, scores: str, rows: list[dict[str, Any]]) ->
     return f"| {minutes:g} | {title} | {means} | {steps} |"
 
 
+def lead(rows: list[dict[str, Any]]) -> str:
+    """By how much lungseg is ahead on the same nodules, and the standard error of that mean."""
+    dice = {
+        (row["minutes"], row["contestant"], row["fold"], name): nodule[0]
+        for row in rows
+        for name, nodule in row["nodules"].items()
+    }
+    lines = []
+    for minutes, peer in sorted({key[:2] for key in dice if key[1] != "lungseg"}):
+        gains = [
+            dice[minutes, "lungseg", *of] - there
+            for (*trained, fold, name), there in dice.items()
+            if trained == [minutes, peer] and (minutes, "lungseg", *(of := (fold, name))) in dice
+        ]
+        if len(gains) > 1:
+            error = statistics.stdev(gains) / len(gains) ** 0.5
+            told = f"{statistics.mean(gains):+.3f}, standard error {error:.3f}, {len(gains)} nodules"
+            lines.append(f"{minutes:g} minutes, lungseg less {peer}: {told}")
+    return "\n".join(lines)
+
+
 def mean(nodules: Any) -> float:
     return statistics.mean(dice for dice, _ in nodules)
 
@@ -135,6 +156,7 @@ def main() -> None:
                     file.write(json.dumps(rows[-1]) + "\n")
                 print(f"{key}: {mean(rows[-1]['nodules'].values()):.3f}", file=sys.stderr, flush=True)
     print(table(rows))
+    print(lead(rows))
 
 
 if __name__ == "__main__":
