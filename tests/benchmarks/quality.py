@@ -105,18 +105,14 @@ def line(minutes: float, title: str, scores: str, rows: list[dict[str, Any]]) ->
 
 def lead(rows: list[dict[str, Any]]) -> str:
     """By how much lungseg is ahead on the same nodules, and the standard error of that mean."""
-    dice = {
-        (row["minutes"], row["contestant"], row["fold"], name): nodule[0]
-        for row in rows
-        for name, nodule in row["nodules"].items()
-    }
+    dice: dict[tuple[float, str], dict[str, float]] = {}
+    for row in rows:
+        one = dice.setdefault((row["minutes"], row["contestant"]), {})
+        one.update({name: nodule[0] for name, nodule in row["nodules"].items()})
     lines = []
-    for minutes, peer in sorted({key[:2] for key in dice if key[1] != "lungseg"}):
-        gains = [
-            dice[minutes, "lungseg", *of] - there
-            for (*trained, fold, name), there in dice.items()
-            if trained == [minutes, peer] and (minutes, "lungseg", *(of := (fold, name))) in dice
-        ]
+    for (minutes, peer), theirs in sorted(dice.items()):
+        ours = dice.get((minutes, "lungseg"), {}) if peer != "lungseg" else {}
+        gains = [ours[name] - theirs[name] for name in ours.keys() & theirs]
         if len(gains) > 1:
             error = statistics.stdev(gains) / len(gains) ** 0.5
             told = f"{statistics.mean(gains):+.3f}, standard error {error:.3f}, {len(gains)} nodules"
