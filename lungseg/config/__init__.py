@@ -68,6 +68,9 @@ class ModelConfig(Frozen):
     downsampling: Literal["pool", "stride"] = Field("pool", description="of unet; resenc has strides")
     residual_blocks: tuple[Blocks, ...] = Field((1, 2, 3, 3, 3, 3, 3), description="of resenc, at each level")
     deep_supervision: int = Field(0, ge=0, le=4, description="coarser levels with a loss of their own")
+    members: int = Field(
+        1, ge=1, le=16, description="networks of an ensemble, trained side by side; the mean is published"
+    )
     dropout: float = Field(0.0, ge=0, lt=1, description="share of the deepest channels dropped in training")
     hu_window: tuple[float, float] = Field(
         (-1000.0, 400.0), description="HU mapped to -1 and 1, clipped beyond"

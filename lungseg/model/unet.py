@@ -38,47 +38,67 @@ def build_unet(config: ModelConfig) -> keras.Model:
     `config.total_stride`. Runs in the Keras dtype policy of the moment.
 
     With deep supervision of k levels the outputs are a list, `deep_logits` of 1/2, 1/4, … the sides after
-    the logits themselves.
+    the logits themselves. An ensemble's are a list of the first member's outputs, the second's, …
     """
-    widths = [min(config.width * 2**level, config.max_width) for level in range(config.depth)]
     volume_hu = keras.Input((None, None, None, 1), dtype="float32", name="volume_hu")
-    features = HuWindow(*config.hu_window, name="hu_window")(volume_hu)
-    skips = []
+    windowed = HuWindow(*config.hu_window, name="hu_window")(volume_hu)
+    # A lone network's layers have plain names.
+    prefixes = [f"member{number}_" for number in range(config.members)] if config.members > 1 else [""]
+    outputs = [output for prefix in prefixes for output in _member(windowed, config, prefix)]
+    return keras.Model(volume_hu, outputs if len(outputs) > 1 else outputs[0], name=config.architecture)
+
+
+def by_member(outputs: Any, config: ModelConfig) -> list[list[Any]]:
+    """What `build_unet`'s network gave, for each member: logits, then those of coarser levels."""
+    flat, each = tf.nest.flatten(outputs), config.deep_supervision + 1
+    return [flat[first : first + each] for first in range(0, len(flat), each)]
+
+
+def with_probability(model: keras.Model, config: ModelConfig) -> keras.Model:
+    """The network that people pull: HU in, probability out, an ensemble's being the members' mean."""
+    members = by_member(model.outputs, config)
+    names = (
+        [f"probability{number}" for number in range(len(members))] if len(members) > 1 else ["probability"]
+    )
+    each = [
+        keras.layers.Activation("sigmoid", dtype="float32", name=name)(logits)
+        for name, (logits, *_) in zip(names, members, strict=True)
+    ]
+    mean = keras.layers.Average(dtype="float32", name="probability")(each) if len(each) > 1 else each[0]
+    return keras.Model(model.input, mean, name="lungseg")
+
+
+def _member(windowed: Any, config: ModelConfig, prefix: str) -> list[Any]:
+    """One U-Net: its logits, and the coarser ones that deep supervision asks for."""
+    widths = [min(config.width * 2**level, config.max_width) for level in range(config.depth)]
+    features, skips = windowed, []
     for level, width in enumerate(widths):
-        features = _encode(features, level, width, config)
+        features = _encode(features, level, width, config, prefix)
         skips.append(features)
     if config.dropout:
-        features = keras.layers.SpatialDropout3D(config.dropout, name="dropout")(features)
+        features = keras.layers.SpatialDropout3D(config.dropout, name=f"{prefix}dropout")(features)
     outputs: list[Any] = []
     for level in reversed(range(config.depth - 1)):
-        up = keras.layers.Conv3DTranspose(widths[level], 2, strides=2, name=f"up{level}")(features)
-        features = keras.layers.Concatenate(name=f"skip{level}")([skips[level], up])
+        up = keras.layers.Conv3DTranspose(widths[level], 2, strides=2, name=f"{prefix}up{level}")(features)
+        features = keras.layers.Concatenate(name=f"{prefix}skip{level}")([skips[level], up])
         for part in "ab" if config.architecture == "unet" else "a":
-            features = _conv(features, widths[level], config, f"decode{level}{part}")
+            features = _conv(features, widths[level], config, f"{prefix}decode{level}{part}")
         if level <= config.deep_supervision:
-            outputs.insert(0, _head(features, f"deep_logits{level}" if level else "logits"))
-    return keras.Model(
-        volume_hu, outputs if config.deep_supervision else outputs[0], name=config.architecture
-    )
+            outputs.insert(0, _head(features, f"{prefix}deep_logits{level}" if level else f"{prefix}logits"))
+    return outputs
 
 
-def with_probability(model: keras.Model) -> keras.Model:
-    """The network that people pull: HU in, probability out."""
-    probability = keras.layers.Activation("sigmoid", dtype="float32", name="probability")(model.outputs[0])
-    return keras.Model(model.input, probability, name="lungseg")
-
-
-def _encode(features: Any, level: int, width: int, config: ModelConfig) -> Any:
+def _encode(features: Any, level: int, width: int, config: ModelConfig, prefix: str) -> Any:
     """One level of the encoder, which halves every side but on the first level."""
-    name = f"encode{level}"
+    name = f"{prefix}encode{level}"
     if config.architecture == "unet":
         strides = 1 if level == 0 else 2
         if level and config.downsampling == "pool":
-            features, strides = keras.layers.MaxPool3D(name=f"down{level}")(features), 1
+            features, strides = keras.layers.MaxPool3D(name=f"{prefix}down{level}")(features), 1
         features = _conv(features, width, config, f"{name}a", strides)
         return _conv(features, width, config, f"{name}b")
     if level == 0:
-        features = _conv(features, width, config, "stem")
+        features = _conv(features, width, config, f"{prefix}stem")
     for block in range(config.residual_blocks[level]):
         strides = 2 if level and not block else 1
         features = _residual(features, width, config, f"{name}_{block}", strides)

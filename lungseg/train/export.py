@@ -49,7 +49,7 @@ def load_best(store: Store, run: str) -> BestModel:
     set_precision(recipe.train)
     model = build_unet(recipe.model)
     assign(model.weights, checkpoint.weights, checkpoint.name)
-    return BestModel(run, found.data, checkpoint.name, recipe, with_probability(model))
+    return BestModel(run, found.data, checkpoint.name, recipe, with_probability(model, recipe.model))
 
 
 def export_model(weights: Mapping[str, np.ndarray], config: ModelConfig) -> bytes:
@@ -67,5 +67,5 @@ def export_model(weights: Mapping[str, np.ndarray], config: ModelConfig) -> byte
         keras.mixed_precision.set_dtype_policy(policy)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.keras"
-        with_probability(copy).save(path)
+        with_probability(copy, config).save(path)
         return path.read_bytes()

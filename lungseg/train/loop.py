@@ -94,7 +94,7 @@ def run_worker(job: Job, session: Session) -> None:
     Raises RunError("loss-not-finite", "run-taken-over"), and what the store and the stream raise.
     """
     recipe = job.recipe
-    strategy = make_strategy(recipe.train, session.world_size, session.threads)
+    strategy = make_strategy(recipe, session.world_size, session.threads)
     precision = set_precision(recipe.train)
     per_pass = steps_per_pass(job.manifest.rows("train"), recipe.train.global_batch)
     steps = recipe.train.steps_per_epoch or per_pass

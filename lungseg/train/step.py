@@ -19,7 +19,7 @@ from lungseg.config import Recipe
 from lungseg.data.stream import Batch
 from lungseg.model.augment import augment
 from lungseg.model.losses import make_loss, supervise, target_and_weight
-from lungseg.model.unet import build_unet
+from lungseg.model.unet import build_unet, by_member, with_probability
 from lungseg.train.checkpoint import arrays, assign
 from lungseg.train.optimizer import Schedule, make_optimizer
 
@@ -81,6 +81,7 @@ class Stepper:
             if recipe.optimizer.ema:
                 self.model = build_unet(recipe.model)
                 self.model.set_weights(self._trained.get_weights())
+            self._probability = with_probability(self.model, recipe.model)
             self.schedule = Schedule(recipe.optimizer, recipe.train.global_batch, total_steps)
             self.optimizer = make_optimizer(recipe.optimizer, self.schedule, scale_loss=self._scaled)
             self.optimizer.build(self._trained.trainable_variables)
@@ -180,12 +181,16 @@ class Stepper:
     def _loss_and_gradients(
         self, hu: tf.Tensor, mask: tf.Tensor, scale: tf.Tensor
     ) -> tuple[tf.Tensor, list[tf.Tensor]]:
-        """This replica's part of the mean over the global batch; its gradients times `scale`."""
+        """This replica's part of the mean over the global batch and an ensemble's members; the gradients
+        times `scale`, of each member's loss as if it were alone."""
         with tf.GradientTape() as tape:
-            losses = supervise(self._loss, _outputs(self._trained(hu, training=True)), mask)
+            members = by_member(self._trained(hu, training=True), self._recipe.model)
+            losses = tf.add_n([supervise(self._loss, outputs, mask) for outputs in members])
             loss = tf.reduce_sum(losses) / self._recipe.train.global_batch
             scaled = loss * scale
-        return loss, tape.gradient(scaled, [v.value for v in self._trained.trainable_variables])
+        return loss / len(members), tape.gradient(
+            scaled, [v.value for v in self._trained.trainable_variables]
+        )
 
     def _average(self, step: tf.Tensor) -> None:
         """Move the average towards the weights; faster at first, when they are far from any good."""
@@ -199,9 +204,9 @@ class Stepper:
     @tf.function
     def _validate(self, image: Any, mask: Any) -> list[tf.Tensor]:
         def replica(image: tf.Tensor, mask: tf.Tensor) -> tuple[tf.Tensor, ...]:
-            logits = _outputs(self.model(tf.cast(image, tf.float32)[..., tf.newaxis], training=False))[0]
+            probability = self._probability(tf.cast(image, tf.float32)[..., tf.newaxis], training=False)
             target, weight = target_and_weight(mask[..., tf.newaxis])
-            predicted = tf.cast(logits > 0, tf.float32) * weight
+            predicted = tf.cast(probability > 0.5, tf.float32) * weight
             hit, found, wanted = (
                 tf.reduce_sum(one, [1, 2, 3, 4]) for one in (predicted * target, predicted, target)
             )
@@ -211,11 +216,6 @@ class Stepper:
 
         sums = self.strategy.run(replica, (image, mask))
         return [self.strategy.reduce(tf.distribute.ReduceOp.SUM, one, axis=None) for one in sums]
-
-
-def _outputs(outputs: Any) -> list[tf.Tensor]:
-    """Logits, and those of coarser levels where a network is deeply supervised."""
-    return outputs if isinstance(outputs, list) else [outputs]
 
 
 def _workers(strategy: tf.distribute.Strategy) -> int:

@@ -12,17 +12,20 @@ from typing import Literal
 import keras
 import tensorflow as tf
 
-from lungseg.config import TrainConfig
+from lungseg.config import Recipe, TrainConfig
 
 Precision = Literal["float32", "mixed_bfloat16", "mixed_float16"]
 
 
-def make_strategy(config: TrainConfig, world_size: int, threads: int | None) -> tf.distribute.Strategy:
+def make_strategy(recipe: Recipe, world_size: int, threads: int | None) -> tf.distribute.Strategy:
     """The strategy of this worker; for several, TF_CONFIG names the peers (Ray Train sets it)."""
+    config, members = recipe.train, recipe.model.members
     if threads:
-        # Ray counts CPUs but binds none: two workers that each take all cores slow both down.
-        tf.config.threading.set_intra_op_parallelism_threads(threads)
-        tf.config.threading.set_inter_op_parallelism_threads(max(1, config.logical_cpu_devices))
+        # Ray counts CPUs but binds none: two workers that each take all cores slow both down. What runs
+        # side by side has its own cores: two convolutions on one each take less time than both on two.
+        beside = min(threads, config.logical_cpu_devices * members)
+        tf.config.threading.set_intra_op_parallelism_threads(threads // beside)
+        tf.config.threading.set_inter_op_parallelism_threads(beside)
     gpus = tf.config.list_physical_devices("GPU") if config.gpus_per_worker else []
     for gpu in gpus:
         tf.config.experimental.set_memory_growth(gpu, True)

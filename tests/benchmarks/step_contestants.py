@@ -43,7 +43,7 @@ def lungseg(side: int, batch: int, precision: str) -> Callable[[], float]:
         f"model.width={WIDTH}", f"model.depth={DEPTH}", "model.downsampling=stride",
         f"train.global_batch={batch}", f"train.precision={policy}", *PLAIN,
     ])  # fmt: skip
-    strategy = make_strategy(recipe.train, 1, THREADS)
+    strategy = make_strategy(recipe, 1, THREADS)
     set_precision(recipe.train)
     stepper = Stepper(recipe, strategy, 1000)
     image_hu, mask = patches(side, batch)

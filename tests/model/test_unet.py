@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from lungseg.config import LossConfig, ModelConfig
 from lungseg.model.losses import make_loss
-from lungseg.model.unet import HuWindow, build_unet, with_probability
+from lungseg.model.unet import HuWindow, build_unet, by_member, with_probability
 from lungseg.train.checkpoint import arrays
 from lungseg.train.export import export_model
 
@@ -106,7 +106,19 @@ def test_deep_supervision_adds_logits_of_coarser_levels(downsampling: str) -> No
     model = build_unet(config)
     shapes = [output.shape for output in model(volume_hu(shape=(2, 8, 16, 24, 1)))]
     assert shapes == [(2, 8, 16, 24, 1), (2, 4, 8, 12, 1), (2, 2, 4, 6, 1)]
-    assert with_probability(model)(volume_hu(shape=(2, 8, 16, 24, 1))).shape == (2, 8, 16, 24, 1)
+    assert with_probability(model, config)(volume_hu(shape=(2, 8, 16, 24, 1))).shape == (2, 8, 16, 24, 1)
+
+
+@pytest.mark.parametrize("architecture", ["unet", "resenc"])
+def test_an_ensemble_is_its_members_and_their_mean_probability(architecture: str) -> None:
+    config = ModelConfig(architecture=architecture, width=2, depth=3, members=3, deep_supervision=1)
+    model = build_unet(config)
+    members = by_member(model(volume_hu()), config)
+    assert [[len(logits[0]) for logits in outputs] for outputs in members] == [[8, 4]] * 3
+    each = np.stack([tf.sigmoid(outputs[0]) for outputs in members])
+    assert each.std(axis=0).max() > 1e-3  # they began with weights of their own
+    mean = with_probability(model, config)(volume_hu())
+    np.testing.assert_allclose(mean, each.mean(axis=0), rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +134,7 @@ def test_levels_that_a_network_lacks_are_refused(settings: dict[str, object], me
 
 
 def test_a_new_network_takes_nodules_for_rare() -> None:
-    probability = with_probability(build_unet(TINY))(volume_hu()).numpy()
+    probability = with_probability(build_unet(TINY), TINY)(volume_hu()).numpy()
     assert 0.001 < np.median(probability) < 0.1
 
 
@@ -159,12 +171,14 @@ def test_it_learns_four_balls_by_heart() -> None:
 @pytest.mark.slow
 def test_the_exported_file_gives_the_networks_probabilities_in_another_process(tmp_path: Path) -> None:
     networks = {}
-    for policy in ("float32", "mixed_bfloat16"):
+    pair = TINY.model_copy(update={"members": 2})
+    cases = {"alone": ("float32", TINY), "half": ("mixed_bfloat16", TINY), "ensemble": ("float32", pair)}
+    for name, (policy, config) in cases.items():
         keras.mixed_precision.set_dtype_policy(policy)
-        model = networks[policy] = build_unet(TINY)
+        model = networks[name] = build_unet(config)
         for variable in model.trainable_variables:  # new biases are all alike: make each its own
             variable.assign_add(np.random.default_rng(1).normal(0, 0.1, variable.shape).astype(np.float32))
-        (tmp_path / f"{policy}.keras").write_bytes(export_model(arrays(model.weights), TINY))
+        (tmp_path / f"{name}.keras").write_bytes(export_model(arrays(model.weights), config))
         assert keras.mixed_precision.dtype_policy().name == policy
     np.save(tmp_path / "hu.npy", volume_hu())
     # As a user would, who has lungseg installed for the one layer that is its own.
@@ -176,10 +190,13 @@ def test_the_exported_file_gives_the_networks_probabilities_in_another_process(t
     command = [sys.executable, "-c", script, *networks]
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, timeout=120)
     keras.mixed_precision.set_dtype_policy("float32")
-    for policy, model in networks.items():
-        same = build_unet(TINY)
+    for name, model in networks.items():
+        config = cases[name][1]
+        same = build_unet(config)
         same.set_weights(model.get_weights())
-        probability, expected = np.load(tmp_path / f"{policy}.npy"), tf.sigmoid(same(volume_hu())).numpy()
+        members = by_member(same(volume_hu()), config)
+        expected = np.mean([tf.sigmoid(outputs[0]) for outputs in members], axis=0)
+        probability = np.load(tmp_path / f"{name}.npy")
         assert probability.dtype == np.float32
         assert expected.std() > 1e-3
         np.testing.assert_allclose(probability, expected, atol=1e-5)

@@ -73,7 +73,9 @@ def test_the_average_follows_its_formula_and_is_what_is_published() -> None:
         assert not np.array_equal(now, average)
 
 
-@pytest.mark.parametrize("settings", [(), ("optimizer.ema=0.9",), ("model.deep_supervision=1",)])
+@pytest.mark.parametrize(
+    "settings", [(), ("optimizer.ema=0.9",), ("model.deep_supervision=1",), ("model.members=2",)]
+)
 def test_a_restored_stepper_goes_on_bit_for_bit(settings: tuple[str, ...]) -> None:
     undisturbed, killed, resumed = (stepper(*settings) for _ in range(3))
     train(undisturbed, range(4))
@@ -84,6 +86,32 @@ def test_a_restored_stepper_goes_on_bit_for_bit(settings: tuple[str, ...]) -> No
     for part in ("weights", "training_state"):
         expected, found = getattr(undisturbed, part)(), getattr(resumed, part)()
         assert {k: v.tobytes() for k, v in found.items()} == {k: v.tobytes() for k, v in expected.items()}
+
+
+def test_the_members_of_an_ensemble_train_as_if_each_were_alone() -> None:
+    free = "optimizer.clip_norm=1e9"  # the norm that is clipped is that of all members
+    ensemble, alone = stepper("model.members=2", free), [stepper(free), stepper(free)]
+    for number, one in enumerate(alone):
+        prefix, start = f"member{number}_", ensemble.weights()
+        mine = {path.removeprefix(prefix): start[path] for path in start if path.startswith(prefix)}
+        one.restore(mine, one.training_state(), "name")
+    losses = [[loss for loss, _ in train(one, range(3))] for one in (ensemble, *alone)]
+    np.testing.assert_allclose(losses[0], np.mean(losses[1:], axis=0), rtol=1e-4)
+    for number, one in enumerate(alone):
+        for path, expected in one.weights().items():
+            found = ensemble.weights()[f"member{number}_{path}"]
+            np.testing.assert_allclose(found, expected, atol=1e-5, err_msg=path)
+
+
+def test_an_ensemble_is_validated_by_the_mean_of_its_members() -> None:
+    one = stepper("model.members=2")
+    for number in range(2):  # a new network takes every voxel for background
+        one.model.get_layer(f"member{number}_logits").bias.assign([0.0])
+    held_out = batch(3)
+    outputs = one.model(held_out.image_hu[..., np.newaxis].astype(np.float32))
+    mean = np.mean([tf.sigmoid(logits) for logits in outputs], axis=0)[..., 0]
+    assert 0 < np.count_nonzero(mean > 0.5) < mean.size
+    assert one.validate(one.place(held_out)).predicted == np.count_nonzero(mean > 0.5)
 
 
 def test_a_checkpoint_without_an_average_is_refused_where_one_is_asked_for() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -40,6 +42,23 @@ def test_every_epoch_has_the_same_loss_and_validation_dice(other: str, undisturb
         return np.array([[line["loss"], line["val_dice"]] for line in map(json.loads, lines)])
 
     np.testing.assert_allclose(epochs(other), epochs(undisturbed), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("setting", "threads", "each"),
+    [("model.members=3", 8, (2, 3)), ("train.logical_cpu_devices=2", 2, (1, 2)), ("model.members=4", 1, (1, 1))],
+)
+def test_what_runs_side_by_side_shares_the_cores(setting: str, threads: int, each: tuple[int, int]) -> None:
+    """In a process of its own, since TensorFlow's threads are set once."""
+    script = (
+        "import tensorflow as tf; from lungseg.config import load_recipe\n"
+        "from lungseg.train.strategy import make_strategy\n"
+        f"make_strategy(load_recipe(None, ['{setting}']), 1, {threads})\n"
+        "get = tf.config.threading\n"
+        "print(get.get_intra_op_parallelism_threads(), get.get_inter_op_parallelism_threads())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(number) for number in each]
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
