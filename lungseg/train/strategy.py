@@ -25,7 +25,8 @@ def make_strategy(recipe: Recipe, world_size: int, threads: int | None) -> tf.di
         # side by side has its own cores: two convolutions on one each take less time than both on two.
         beside = min(threads, config.logical_cpu_devices * members)
         tf.config.threading.set_intra_op_parallelism_threads(threads // beside)
-        tf.config.threading.set_inter_op_parallelism_threads(beside)
+        # Devices wait for each other, so each has a thread even where there are fewer cores.
+        tf.config.threading.set_inter_op_parallelism_threads(max(beside, config.logical_cpu_devices))
     gpus = tf.config.list_physical_devices("GPU") if config.gpus_per_worker else []
     for gpu in gpus:
         tf.config.experimental.set_memory_growth(gpu, True)

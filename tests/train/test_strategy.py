@@ -46,7 +46,7 @@ def test_every_epoch_has_the_same_loss_and_validation_dice(other: str, undisturb
 
 @pytest.mark.parametrize(
     ("setting", "threads", "each"),
-    [("model.members=3", 8, (2, 3)), ("train.logical_cpu_devices=2", 2, (1, 2))],
+    [("model.members=3", 8, (2, 3)), ("train.logical_cpu_devices=2", 1, (1, 2))],
 )
 def test_what_runs_side_by_side_shares_the_cores(setting: str, threads: int, each: tuple[int, int]) -> None:
     """In a process of its own, since TensorFlow's threads are set once."""
