@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from lungseg.errors import ConfigError, LungsegError
+from lungseg.show import table, told
 
 if TYPE_CHECKING:
     from lungseg.config import Recipe
@@ -199,7 +200,7 @@ def train(
         raise ConfigError("flags-contradict", remedy="give --resume or --new, not both")
     mode: Mode = "resume" if resume else "new" if new else "fresh"
     best = run_training(open_store(store), data, run, _recipe(recipe, overrides), mode)
-    print(f"best: val Dice {best['val_dice']:.4f} after epoch {best['epoch']}, {best['checkpoint']}")
+    print(f"published: {told(best['val_dice'])} after epoch {best['epoch']}, {best['checkpoint']}")
     print(f"get it with: lungseg pull --store {store} --run {run} --out DIR")
 
 
@@ -222,7 +223,7 @@ def tune(
         (r.trial, f"{r.learning_rate:.2e}", r.loss, str(r.width), str(r.epochs), f"{r.val_dice:.4f}")
         for r in rows
     ]
-    print(_table(header, cells))
+    print(table(header, cells))
 
 
 @app.command()
@@ -311,9 +312,9 @@ def runs(store: StoreUri = STORE) -> None:
     opened.check()
     rows = []
     for run, best in list_runs(opened):
-        score = (f"{best['val_dice']:.4f}", str(best["epoch"])) if best else ("-", "-")
+        score = (told(best["val_dice"]).removeprefix("val Dice "), str(best["epoch"])) if best else ("-", "-")
         rows.append((run.name, run.kind, run.data, *score, run.created))
-    print(_table(("run", "kind", "data", "val Dice", "epoch", "created"), rows))
+    print(table(("run", "kind", "data", "val Dice", "epoch", "created"), rows))
 
 
 @app.command()
@@ -323,7 +324,7 @@ def pull(run: RunName, out: Out, store: StoreUri = STORE) -> None:
     from lungseg.train.run import pull_best
 
     best = pull_best(open_store(store), run, out)
-    print(f"{out / 'model.keras'}: val Dice {best['val_dice']:.4f}, epoch {best['epoch']}")
+    print(f"{out / 'model.keras'}: {told(best['val_dice'])}, epoch {best['epoch']}")
 
 
 @app.command()
@@ -334,16 +335,10 @@ def doctor(
     from lungseg.doctor import examine
 
     findings = examine(store)
-    print(_table(("check", "", "found"), [(f.check, "ok" if f.ok else "FAIL", f.found) for f in findings]))
+    print(table(("check", "", "found"), [(f.check, "ok" if f.ok else "FAIL", f.found) for f in findings]))
     failed = [f for f in findings if not f.ok]
     if failed:
         _end("; ".join(f"{f.check}: {f.remedy}" for f in failed), 2)
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, *rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,19 @@ from servers import ROOT
 PACKAGE = ROOT / "lungseg"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # A room may import itself and every room before it; `cluster` is how Ray is reached.
-ROOMS = ["errors", "config", "storage", "telemetry", "exporter", "cluster", "data", "model", "train", "tune"]
+ROOMS = [
+    "errors",
+    "show",
+    "config",
+    "storage",
+    "telemetry",
+    "exporter",
+    "cluster",
+    "data",
+    "model",
+    "train",
+    "tune",
+]
 ROOMS += ["segment", "evaluate", "demo", "doctor", "cli"]
 FORBIDDEN = {("segment", "train"), ("segment", "tune"), ("storage", "telemetry")}
 

@@ -175,6 +175,9 @@ class TrainConfig(Frozen):
     val_dice: Literal["pooled", "patches"] = Field(
         "pooled", description="of all patches as one volume, or mean over those that hold a nodule"
     )
+    publish: Literal["best", "last"] = Field(
+        "best", description="the epoch of highest val Dice, or the last, which needs no validation patients"
+    )
     patience_epochs: int = Field(20, ge=1, description="early stopping: epochs without a better val Dice")
     min_delta: float = Field(0.0, ge=0, lt=1, description="what val Dice must gain to count as better there")
     init_from: str | None = Field(

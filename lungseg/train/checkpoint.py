@@ -55,8 +55,9 @@ class TrainState:
 
     @property
     def val_dice(self) -> float:
-        """Of the weights that go with this state; -1 within an epoch, where nobody has validated them."""
-        return -1.0 if self.losses or not self.epoch else self.metrics["val_dice"]
+        """Of the weights that go with this state; -1 where nobody has validated them: within an epoch, or
+        where there are no validation patches."""
+        return -1.0 if self.losses or not self.epoch else self.metrics.get("val_dice", -1.0)
 
     def last_epoch(self, config: TrainConfig) -> int:
         """The epoch that ends the run: the recipe's last, or the last that fits into its minutes if those to
@@ -190,7 +191,8 @@ class Checkpoints:
             self.store.delete(sorted(keys, key=lambda key: not key.endswith("/manifest.json")))
 
     def best(self) -> dict[str, Any] | None:
-        """best.json: {"checkpoint", "val_dice", "epoch", "model_sha256", …}, or None before the first."""
+        """best.json: {"checkpoint", "val_dice", "epoch", "model_sha256", …}, or None before the first. Of a
+        run that publishes its last epoch it is that one, and its val_dice -1 if it was not validated."""
         key = f"{self.root}/best.json"
         if not self.store.exists(key):
             return None

@@ -251,10 +251,12 @@ def _leave(worker: _Worker, state: TrainState) -> NoReturn:
 
 
 def _metrics(worker: _Worker, state: TrainState, sums: ValSums) -> dict[str, float]:
+    validated = worker.job.manifest.rows("val")
+    dice = {"val_dice": sums.dice(worker.job.recipe.train.val_dice)} if validated else {}
     return {
         "epoch": state.epoch + 1,
         "loss": float(np.mean(state.losses)),
-        "val_dice": sums.dice(worker.job.recipe.train.val_dice),
+        **dice,
         "learning_rate": worker.stepper.learning_rate(state.step - 1),
         "train_seconds": state.train_seconds,
         "data_wait_seconds": state.data_wait_seconds,
@@ -265,12 +267,13 @@ def _metrics(worker: _Worker, state: TrainState, sums: ValSums) -> dict[str, flo
 
 def _advance(config: TrainConfig, state: TrainState, metrics: dict[str, float]) -> TrainState:
     """The state after an epoch. As in Keras' EarlyStopping, what counts as the best to be beaten moves only
-    with a gain of more than `min_delta`."""
-    gained = metrics["val_dice"] - config.min_delta > state.best_val_dice
+    with a gain of more than `min_delta`. Without validation nothing tells that a run stopped gaining."""
+    best, val_dice = state.best_val_dice, metrics.get("val_dice")
+    gained = val_dice is None or val_dice - config.min_delta > best
     return replace(
         state,
         epoch=state.epoch + 1,
-        best_val_dice=metrics["val_dice"] if gained else state.best_val_dice,
+        best_val_dice=best if val_dice is None or not gained else val_dice,
         epochs_without_gain=0 if gained else state.epochs_without_gain + 1,
         seconds=metrics["seconds"],
         metrics=metrics,

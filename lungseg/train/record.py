@@ -22,6 +22,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from lungseg.config import Recipe
 from lungseg.errors import LungsegError, RunError, StorageError
+from lungseg.show import told
 from lungseg.telemetry import VAL_DICE, log
 from lungseg.train.checkpoint import Checkpoint, Checkpoints, TrainState
 from lungseg.train.export import export_model
@@ -91,34 +92,42 @@ class Recorder:
         self._require_finite(state, weights)
         VAL_DICE.set(state.val_dice)
         self._append_metrics(state)
-        every, better = self._recipe.checkpoint.every_epochs, False
-        if state.ended(self._recipe.train) or state.epoch % every == 0 or self._beats(state):
-            better = self._commit(state, weights, optimizer)
+        published = self._due(state) and self._commit(state, weights, optimizer)
         _log.info(
-            "epoch %d: loss %.4f, val Dice %.4f%s, %.0f s, %.1f of them waiting for data",
-            state.epoch, state.metrics["loss"], state.val_dice, " (best)" if better else "",
+            "epoch %d: loss %.4f, %s%s, %.0f s, %.1f of them waiting for data",
+            state.epoch, state.metrics["loss"], told(state.val_dice), " (published)" if published else "",
             state.metrics["train_seconds"], state.metrics["data_wait_seconds"],
         )  # fmt: skip
         self._put_events(state)
         self._put_log()
 
     def _commit(self, state: TrainState, weights: Arrays, optimizer: Arrays) -> bool:
-        """A checkpoint, and the best pointer if it is the best, then retention; whether it is."""
+        """A checkpoint, which is published if it should be, then retention; whether it was published."""
         self._lease.check()
         self._require_finite(state, weights)
         name = self._checkpoints.commit(state, weights, optimizer)
-        better = self._publish(name, state, weights)
+        published = self._publish(name, state, weights)
         self._checkpoints.retain(state.attempt, self._recipe.checkpoint)
-        return better
+        return published
+
+    def _due(self, state: TrainState) -> bool:
+        config, every = self._recipe.train, self._recipe.checkpoint.every_epochs
+        return (
+            state.ended(config)
+            or state.epoch % every == 0
+            or (config.publish == "best" and self._beats(state))
+        )
 
     def _publish(self, name: str, state: TrainState, weights: Arrays) -> bool:
-        """Make a committed checkpoint the best of the run if it is, and say whether."""
-        better = self._beats(state)
-        if better:
+        """Make a committed checkpoint the run's published one if it is the best of it, or the last epoch
+        where that is wanted; whether it is."""
+        whole_epoch = state.epoch > 0 and not state.losses
+        publish = whole_epoch if self._recipe.train.publish == "last" else self._beats(state)
+        if publish:
             model_keras = export_model(weights, self._recipe.model)
             self._lease.check()
             self._checkpoints.publish_best(name, state, model_keras)
-        return better
+        return publish
 
     def _beats(self, state: TrainState) -> bool:
         """Over all attempts of the run's name."""

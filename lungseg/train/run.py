@@ -59,7 +59,7 @@ def open_run(
     Raises what `check_fit` and `initial_checkpoint` raise; RunError("run-exists") for "fresh" on a taken
     name; RunError("run-differs") for "resume" where the run does not fit (see Run.fits).
     """
-    check_fit(manifest, recipe)
+    check_fit(manifest, recipe, kind)
     key = f"{run_root(name)}/run.json"
     going_on = mode == "resume" and run_exists(store, name)
     now = datetime.now(UTC)
@@ -95,12 +95,13 @@ def open_run(
     return run
 
 
-def check_fit(manifest: Manifest, recipe: Recipe) -> None:
+def check_fit(manifest: Manifest, recipe: Recipe, kind: Kind) -> None:
     """Raises DataError("too-few-patches", "no-validation") or ConfigError("patch-shape") where a data set
     and a recipe cannot train together."""
     steps_per_pass(manifest.rows("train"), recipe.train.global_batch)
-    if not manifest.rows("val"):
+    if not manifest.rows("val") and (kind == "tune" or recipe.train.publish == "best"):
         remedy = "prepare data of more patients, or with data.split.val above 0"
+        remedy += "" if kind == "tune" else ", or publish the last epoch with train.publish=last"
         raise DataError("no-validation", data=manifest.name, remedy=remedy)
     patch, stride = manifest.patch_shape_zyx, recipe.model.total_stride
     sides = recipe.augment.crop_zyx or patch

@@ -5,9 +5,9 @@
 
 94 real LIDC nodules of 94 patients (51^3 voxels of 1 mm around each), 5 folds of patients. Every contestant
 trains on the same patients with the same two cores for the same minutes, counted from the start of its loop
-(graph tracing and validation included, imports and the building of the network not), predicts the fold's
+(graph tracing included, imports and the building of the network not), predicts the fold's
 test crops by windows of 48^3, as trained, and is scored here by the Dice of each nodule at probability 0.5.
-lungseg takes 4 of the training patients for validation; MONAI trains on all. Each network is scored with
+Nobody validates: the network of the last step is scored. Each network is scored with
 the mean over mirror images, as nnU-Net does, and without. Contestants take turns within a fold. Results are
 appended to a file as they come and are not measured again, so the 3 to 7 hours may be had in pieces; the
 table is printed from the file.
@@ -35,16 +35,14 @@ from servers import REAL_DATA  # noqa: E402
 CROPS = REAL_DATA / "lidc_crops"
 CONTESTANTS = ("lungseg", "dynunet", "basicunet")
 SMALL_VOXELS = 300
-VALIDATION_PATIENTS = 4
 
 
 def split(fold: int) -> dict[str, list[str]]:
-    """Names of the crops, one a patient; lungseg's validation comes out of "train"."""
+    """Names of the crops, one a patient."""
     names = sorted(file.name.removesuffix(".nii.gz") for file in (CROPS / "images").iterdir())
     shuffled = np.random.default_rng(0).permutation(names).tolist()
     test = shuffled[fold::5]
-    rest = [name for name in shuffled if name not in test]
-    return {"train": rest, "val": rest[:VALIDATION_PATIENTS], "test": test}
+    return {"train": [name for name in shuffled if name not in test], "test": test}
 
 
 def run(contestant: str, fold: int, minutes: float, options: argparse.Namespace) -> dict[str, Any]:

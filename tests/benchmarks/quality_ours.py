@@ -31,10 +31,7 @@ def main() -> None:
     job = SimpleNamespace(**json.loads(Path(sys.argv[1]).read_text()))
     os.environ.setdefault("LUNGSEG_CASE_KEY", "a key for this benchmark")
     folder = Path(job.folder)
-    held_out = {name: part for part in ("val", "test") for name in job.split[part]}
-    table = {
-        pairs.patient_of(name): held_out.get(name, "train") for part in job.split.values() for name in part
-    }
+    table = {pairs.patient_of(name): part for part, names in job.split.items() for name in names}
     (folder / "split.json").write_text(json.dumps(table))
     recipe = load_recipe(RECIPE, [
         f"data.split.file={folder / 'split.json'}", f"train.max_minutes={job.minutes}",
@@ -43,7 +40,7 @@ def main() -> None:
     store = open_store(str(folder / "store"))
     cases = pairs.find_cases(Path(job.crops), recipe.data.pairs)
     prepare(store, "crops", cases, recipe.data, lambda done, total: None)
-    best = train(store, "crops", "crops", recipe)
+    train(store, "crops", "crops", recipe)
     lines = [json.loads(line) for line in store.get("runs/crops/metrics.jsonl").decode().splitlines()]
 
     from lungseg.train.export import load_best
@@ -59,8 +56,8 @@ def main() -> None:
         plain[name] = predict_volume(model.predict, volume_hu, once, multiple=stride) >= 0.5
     np.savez_compressed(folder / "masks.npz", **masks)
     np.savez_compressed(folder / "plain.npz", **plain)
-    seconds, best_dice = lines[-1]["seconds"], best["val_dice"]
-    print(json.dumps({"steps": lines[-1]["step"], "seconds": seconds, "val_dice": best_dice}))
+    precision = model.network.dtype_policy.compute_dtype
+    print(json.dumps({"steps": lines[-1]["step"], "seconds": lines[-1]["seconds"], "precision": precision}))
 
 
 if __name__ == "__main__":

@@ -125,6 +125,22 @@ def test_a_run_ends_after_patience_epochs_without_a_gain(job: Job) -> None:
     assert pointer["epoch"] == 1
 
 
+@pytest.mark.parametrize("validated", [True, False])
+def test_the_last_epoch_is_published_where_it_is_wanted(job: Job, validated: bool) -> None:
+    """No val Dice gains at such a rate; without validation that is no reason to end early."""
+    settings = ("train.publish=last", "optimizer.learning_rate=1e-20", "train.patience_epochs=1")
+    last = with_settings(job, *settings)
+    if not validated:
+        last = replace(last, manifest=replace(job.manifest, shards={**job.manifest.shards, "val": ()}))
+    run(last)
+    assert [line["epoch"] for line in lines(last)] == ([1, 2] if validated else [1, 2, 3])
+    assert all(("val_dice" in line) == validated for line in lines(last))
+    pointer = Checkpoints(last.store, ROOT).best()
+    assert pointer is not None
+    assert pointer["checkpoint"] == newest(last).name
+    assert (pointer["val_dice"] >= 0) == validated
+
+
 def test_a_run_out_of_minutes_ends_after_its_epoch_with_that_committed(job: Job) -> None:
     run(with_settings(job, "train.epochs=50", "train.max_minutes=0.0001", "checkpoint.every_epochs=50"))
     assert [line["epoch"] for line in lines(job)] == [1]

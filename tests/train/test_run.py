@@ -171,8 +171,12 @@ def test_oblong_slices_cannot_be_turned_and_no_validation_is_no_best(tmp_path: P
     assert "augment.turns=false" in caught.value.remedy
     open_run(store, "r", oblong, recipe("augment.turns=false"), "fresh")
     blind = replace(manifest, shards={**manifest.shards, "val": ()})
-    with pytest.raises(DataError, match="no-validation"):
+    with pytest.raises(DataError, match="no-validation") as none:
         open_run(store, "blind", blind, recipe(), "fresh")
+    assert "train.publish=last" in none.value.remedy
+    open_run(store, "blind", blind, recipe("train.publish=last"), "fresh")
+    with pytest.raises(DataError, match="no-validation"):  # a search compares trials by their val Dice
+        open_run(store, "search", blind, recipe("train.publish=last"), "fresh", "tune")
 
 
 def test_a_missing_run_is_told_with_those_that_exist(store: Store, manifest: Manifest) -> None:

@@ -1,0 +1,17 @@
+"""Text for people: what the verbs print and the log says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns of their own width, two spaces apart."""
+    lines = [header, *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+
+
+def told(val_dice: float) -> str:
+    """A checkpoint's validation Dice."""
+    return f"val Dice {val_dice:.4f}" if val_dice >= 0 else "not validated"
