@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from typing import Any
@@ -78,3 +79,15 @@ def test_ranks_together_see_the_global_batches_of_one_worker(balls: Any, world_s
     for whole, *shares in zip(alone, *(see(rank, world_size) for rank in range(world_size)), strict=True):
         for column in (0, 1):
             np.testing.assert_array_equal(np.concatenate([share[column] for share in shares]), whole[column])
+
+
+@pytest.mark.parametrize(("asked", "taken"), [("", True), ("0", False)])
+def test_convolutions_are_those_of_onednn_on_every_cpu(asked: str, taken: bool) -> None:
+    """Unless the environment says otherwise; TensorFlow alone has them from AVX-512 VNNI on only."""
+    script = (
+        "import lungseg; from tensorflow.python.util import _pywrap_util_port as p; print(p.IsMklEnabled())"
+    )
+    kept = {name: value for name, value in os.environ.items() if name != "TF_ENABLE_ONEDNN_OPTS"}
+    env = kept | ({"TF_ENABLE_ONEDNN_OPTS": asked} if asked else {})
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=env)
+    assert done.stdout.strip() == str(taken)
