@@ -50,7 +50,7 @@ def run(contestant: str, fold: int, minutes: float, options: argparse.Namespace)
     with tempfile.TemporaryDirectory() as folder:
         job = Path(folder) / "job.json"
         work = {"crops": str(CROPS), "split": split(fold), "minutes": minutes, "folder": folder}
-        work |= {"batch": options.peer_batch}
+        work |= {"batch": options.peer_batch, "filters": options.peer_filters}
         job.write_text(json.dumps(work | {"name": contestant, "settings": options.set}))
         ours = contestant == "lungseg"
         script = HERE / ("quality_ours.py" if ours else "quality_peer.py")
@@ -128,6 +128,8 @@ def main() -> None:
     )
     parser.add_argument("--peer-python", default=sys.executable, help="that has torch and monai")
     parser.add_argument("--peer-batch", type=int, default=4)
+    filters = [16, 32, 64, 128]
+    parser.add_argument("--peer-filters", type=int, nargs="+", default=filters, help="of DynUNet's levels")
     parser.add_argument("--results", type=Path, required=True)
     parser.add_argument("--minutes", type=float, nargs="+", default=[5, 15])
     parser.add_argument("--folds", type=int, nargs="+", default=list(range(5)))

@@ -28,16 +28,15 @@ from monai.networks.nets import BasicUNet, DynUNet
 from monai.utils import set_determinism
 
 THREADS, CROP, RATE, WARMUP = 2, 48, 2e-3, 20
-FILTERS = (16, 32, 64, 128)
 BFLOAT16 = any(flag in Path("/proc/cpuinfo").read_text() for flag in ("avx512_bf16", "amx_bf16"))
 
 
-def network(name: str) -> torch.nn.Module:
+def network(name: str, filters: list[int]) -> torch.nn.Module:
     norm = ("INSTANCE", {"affine": True})
     if name == "dynunet":
-        strides = [1] + [2] * (len(FILTERS) - 1)
-        kernels = [3] * len(FILTERS)
-        one = DynUNet(3, 1, 1, kernels, strides, strides[1:], filters=FILTERS, norm_name=norm)
+        strides = [1] + [2] * (len(filters) - 1)
+        kernels = [3] * len(filters)
+        one = DynUNet(3, 1, 1, kernels, strides, strides[1:], filters=filters, norm_name=norm)
     else:
         one = BasicUNet(3, 1, 1, features=(16, 16, 32, 64, 128, 16), norm=norm)
     return one.to(memory_format=torch.channels_last_3d)
@@ -103,7 +102,7 @@ def main() -> None:
     job = SimpleNamespace(**json.loads(Path(sys.argv[1]).read_text()))
     torch.set_num_threads(THREADS)
     set_determinism(0)
-    model, batches = network(job.name), loader(job)
+    model, batches = network(job.name, job.filters), loader(job)
     began = time.monotonic()
     steps = train(job, model.train(), batches)
     seconds = time.monotonic() - began
@@ -113,7 +112,8 @@ def main() -> None:
         found = {name: predict(job, model, name, images) for name in job.split["test"]}
         np.savez_compressed(Path(job.folder) / f"{title}.npz", **found)
     precision = "bfloat16" if BFLOAT16 else "float32"
-    print(json.dumps({"steps": steps, "seconds": seconds, "precision": precision}))
+    facts = {"precision": precision, "filters": job.filters if job.name == "dynunet" else None}
+    print(json.dumps({"steps": steps, "seconds": seconds, **facts}))
 
 
 if __name__ == "__main__":
