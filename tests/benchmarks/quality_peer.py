@@ -91,9 +91,13 @@ def predict(job: Any, model: torch.nn.Module, name: str, images: list[tuple[int,
     image = read(Path(job.crops) / "images" / f"{name}.nii.gz").as_tensor()[None]
     windows = SlidingWindowInferer((CROP,) * 3, overlap=0.25, mode="gaussian")
     total = torch.zeros_like(image)
+
+    def forward(part: torch.Tensor) -> torch.Tensor:
+        return model(part.contiguous(memory_format=torch.channels_last_3d)).float()
+
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=BFLOAT16):
         for axes in images:
-            logits = windows(image.flip(axes), lambda part: model(part).float())
+            logits = windows(image.flip(axes), forward)
             total += torch.sigmoid(logits.float()).flip(axes)
     return (total[0, 0] / len(images) > 0.5).numpy().transpose(2, 1, 0)  # MONAI reads (x, y, z)
 
