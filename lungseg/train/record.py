@@ -90,7 +90,8 @@ class Recorder:
     def _epoch(self, state: TrainState, weights: Arrays, optimizer: Arrays) -> None:
         self._lease.check()
         self._require_finite(state, weights)
-        VAL_DICE.set(state.val_dice)
+        if "val_dice" in state.metrics:
+            VAL_DICE.set(state.val_dice)
         self._append_metrics(state)
         published = self._due(state) and self._commit(state, weights, optimizer)
         _log.info(
