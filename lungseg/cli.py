@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from lungseg.cluster import worker_lines
 from lungseg.errors import ConfigError, LungsegError
 from lungseg.show import table, told
 
@@ -68,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ours = LungsegError.find_in(error)
         _end(str(ours) if ours else _unexpected(error), 2 if ours else 1)
     if code == INTERRUPTED:  # which Typer makes of KeyboardInterrupt
+        worker_lines.close()  # workers that still live would have the last word
         again = "the same command goes on from there (train: with --resume)"
         _end(f"interrupted: what was committed is kept; {again}", INTERRUPTED)
     sys.exit(code if isinstance(code, int) else 0)

@@ -6,6 +6,7 @@ import atexit
 import logging
 import os
 import tempfile
+from contextlib import ExitStack
 from typing import Any
 
 from lungseg.errors import ConfigError
@@ -21,6 +22,9 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
 
 _OBJECT_STORE_BYTES = 1 << 30
+worker_lines = ExitStack()
+"""Shows what workers on this machine log; closed at the end, or earlier by who wants the last word."""
+atexit.register(worker_lines.close)
 
 
 def connect() -> Any:
@@ -46,7 +50,7 @@ def connect() -> Any:
     log("cluster")  # our own logger is bound to standard error before the variable is set for the workers
     handle, path = tempfile.mkstemp(prefix="lungseg-", suffix=".log")
     os.close(handle)
-    atexit.register(relay(path))
+    worker_lines.callback(relay(path))
     os.environ["LUNGSEG_LOG_FILE"] = path
     try:
         _start_local(ray)

@@ -27,6 +27,7 @@ from lungseg.train.notice import heed_sigterm, was_asked
 from lungseg.train.run import Mode, load_run, open_run, refuse_taken, run_exists, run_root
 
 _LEFT = "worker-asked-to-leave"
+_held: list[socket.socket] = []
 
 
 def train(store: Store, data: str, run: str, recipe: Recipe, mode: Mode = "fresh") -> dict[str, Any]:
@@ -148,13 +149,20 @@ def _backend_config() -> Any:
 
 
 def _address() -> str:
-    """Where the peers of this worker's TensorFlow will reach it."""
+    """Where the peers of this worker's TensorFlow will reach it.
+
+    TensorFlow takes seconds to start, and meanwhile a port that is merely free may go to somebody else. So it
+    stays bound here, until this process ends, and TensorFlow's server shares it.
+    """
     from ray.util import get_node_ip_address
 
     host = get_node_ip_address()
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as free:
-        free.bind((host, 0))
-        port = free.getsockname()[1]
+    held = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    held.bind((host, 0))
+    _held.append(held)
+    os.environ["TF_GRPC_REUSE_PORT"] = "true"
+    port = held.getsockname()[1]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 

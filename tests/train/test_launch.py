@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -115,6 +117,25 @@ def test_a_run_goes_on_with_two_workers_and_then_with_one_again_within_an_epoch(
     losses = [[line["loss"] for line in lines(balls, name)] for name in (run, undisturbed)]
     # So each epoch had the same patches: other ones would have another loss.
     np.testing.assert_allclose(*losses, atol=1e-5)
+
+
+def test_the_port_of_a_worker_is_kept_for_its_tensorflow() -> None:
+    """It is bound, but by who lets others of the same process share it, as TensorFlow's server then does."""
+    code = """
+import os, socket
+from lungseg.train.launch import _address
+host, port = _address().rsplit(":", 1)
+with socket.socket() as other:
+    try:
+        other.bind((host, int(port)))
+    except OSError as error:
+        print(error.strerror)
+import tensorflow as tf
+tf.distribute.Server({"worker": [f"{host}:{port}"]}, job_name="worker", task_index=0)
+print("shared")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
+    assert done.stdout.splitlines() == ["Address already in use", "shared"], done.stderr[-3000:]
 
 
 @pytest.mark.slow
