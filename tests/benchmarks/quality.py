@@ -1,7 +1,7 @@
 """Segmentation quality after equal minutes of training, on real nodules: lungseg beside MONAI.
 
     uv run python tests/benchmarks/quality.py --peer-python peers/bin/python --results quality.jsonl \
-        [--minutes 5 15] [--folds 0 1 2 3 4] [--only lungseg dynunet basicunet] [--set a.b=c ...]
+        [--minutes 5 15] [--folds 0 1 2 3 4] [--only lungseg dynunet dynunet-narrow basicunet] [--set a.b=c]
 
 94 real LIDC nodules of 94 patients (51^3 voxels of 1 mm around each), 5 folds of patients. Every contestant
 trains on the same patients with the same two cores for the same minutes, counted from the start of its loop
@@ -33,7 +33,7 @@ sys.path.insert(0, str(HERE.parent))
 from servers import REAL_DATA  # noqa: E402
 
 CROPS = REAL_DATA / "lidc_crops"
-CONTESTANTS = ("lungseg", "dynunet", "basicunet")
+CONTESTANTS = ("lungseg", "dynunet", "dynunet-narrow", "basicunet")
 SMALL_VOXELS = 300
 
 
@@ -50,8 +50,8 @@ def run(contestant: str, fold: int, minutes: float, options: argparse.Namespace)
     with tempfile.TemporaryDirectory() as folder:
         job = Path(folder) / "job.json"
         work = {"crops": str(CROPS), "split": split(fold), "minutes": minutes, "folder": folder}
-        work |= {"batch": options.peer_batch, "filters": options.peer_filters}
-        job.write_text(json.dumps(work | {"name": contestant, "settings": options.set}))
+        work |= {"name": contestant, "batch": options.peer_batch, "settings": options.set}
+        job.write_text(json.dumps(work))
         ours = contestant == "lungseg"
         script = HERE / ("quality_ours.py" if ours else "quality_peer.py")
         command = [sys.executable if ours else options.peer_python, str(script), str(job)]
@@ -128,8 +128,6 @@ def main() -> None:
     )
     parser.add_argument("--peer-python", default=sys.executable, help="that has torch and monai")
     parser.add_argument("--peer-batch", type=int, default=4)
-    filters = [16, 32, 64, 128]
-    parser.add_argument("--peer-filters", type=int, nargs="+", default=filters, help="of DynUNet's levels")
     parser.add_argument("--results", type=Path, required=True)
     parser.add_argument("--minutes", type=float, nargs="+", default=[5, 15])
     parser.add_argument("--folds", type=int, nargs="+", default=list(range(5)))
