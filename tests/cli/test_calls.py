@@ -12,12 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from balls import write_balls
 
 from lungseg import cli
-from lungseg.config import load_recipe
-from lungseg.storage import open_store
-from lungseg.train.run import open_run
 
 HEAVY = ("tensorflow", "keras", "ray", "numpy", "pydantic", "pylidc", "boto3", "SimpleITK")
 VERBS = (
@@ -35,15 +31,6 @@ VERBS = (
 )
 
 Refusal = Callable[..., str]
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working folder; no store, credentials or cluster come from the environment."""
-    for name in ("LUNGSEG_STORE", "RAY_ADDRESS", "AWS_ENDPOINT_URL"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 @pytest.fixture
@@ -70,14 +57,6 @@ def refusal(here: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[Refusal]
 
 def listing(folder: Path) -> list[tuple[str, int]]:
     return sorted((str(path), path.stat().st_mtime_ns) for path in folder.rglob("*"))
-
-
-@pytest.fixture
-def store(here: Path) -> Path:
-    """A store with the data set "balls", which keeps no whole scans, and the run "taken" on it."""
-    opened = open_store(here / "store")
-    open_run(opened, "taken", write_balls(opened), load_recipe(None, ["model.depth=3"]), "fresh")
-    return here / "store"
 
 
 def test_help_is_quick_since_it_imports_nothing_heavy() -> None:
@@ -284,89 +263,8 @@ def test_runs_are_listed(store: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert row.split()[:5] == ["taken", "train", "balls", "-", "-"]
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["train", "--data", "none", "--run", "r"],
-        ["train", "--data", "balls", "--run", "taken"],
-        ["tune", "--data", "balls", "--run", "taken", "--trials", "1"],
-        ["evaluate", "--run", "taken", "--out", "o"],
-        ["predict", "none", "--run", "taken", "--out", "o"],
-        ["predict", str(Path(__file__).parent), "--run", "taken", "--out", "o"],
-    ],
-    ids=" ".join,
-)
-def test_what_is_wrong_is_told_before_tensorflow_or_ray_start(store: Path, words: list[str]) -> None:
-    code = (
-        "import sys, lungseg.cli\n"
-        "try: lungseg.cli.main(sys.argv[1:])\n"
-        "finally: print([m for m in ('tensorflow', 'ray') if m in sys.modules])"
-    )
-    command = [sys.executable, "-c", code, *words, "--store", str(store)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert (done.returncode, done.stdout) == (2, "[]\n")
-    assert done.stderr.startswith("lungseg: ")
-    assert done.stderr.count("\n") == 1
-
-
-def test_ctrl_c_ends_with_130_and_one_line(here: Path) -> None:
-    code = (
-        "import os, signal, time, lungseg.cli, lungseg.train.run\n"
-        "def busy(store):\n"
-        "    os.kill(os.getpid(), signal.SIGINT)\n"
-        "    time.sleep(60)\n"
-        "lungseg.train.run.list_runs = busy\n"
-        "lungseg.cli.main(['runs', '--store', '.'])"
-    )
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=here, timeout=50, check=False)
-    assert (done.returncode, done.stdout) == (130, "")
-    assert done.stderr == (
-        "lungseg: interrupted: what was committed is kept; the same command goes on from there "
-        "(train: with --resume)\n"
-    )
-
-
-def test_an_error_that_is_not_ours_is_one_line_and_a_file(
-    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def broken(*_: object) -> None:
-        raise ZeroDivisionError("first line\nsecond line")
-
-    monkeypatch.setattr("lungseg.train.run.list_runs", broken)
-    monkeypatch.setattr("tempfile.tempdir", str(here))
-    with pytest.raises(SystemExit) as ended:
-        cli.main(["runs", "--store", str(here)])
-    out, err = capsys.readouterr()
-    (log,) = here.iterdir()
-    assert (ended.value.code, out) == (1, "")
-    expected = f"unexpected ZeroDivisionError: first line. Remedy: read {log}, and report it with that file"
-    assert err == f"lungseg: {expected}\n"
-    assert "in broken" in log.read_text()
-
-
-def test_an_error_of_ours_that_ray_wrapped_is_told_as_ours(
-    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from ray.exceptions import RayTaskError
-
-    from lungseg.errors import DataError
-
-    ours = DataError("shard-corrupt", shard="a", remedy="fetch it again")
-    wrapped = RayTaskError("task", "a page\nof traceback", ours).as_instanceof_cause()
-
-    def broken(*_: object) -> None:
-        raise wrapped
-
-    monkeypatch.setattr("lungseg.train.run.list_runs", broken)
-    with pytest.raises(SystemExit) as ended:
-        cli.main(["runs", "--store", str(here)])
-    assert ended.value.code == 2
-    assert capsys.readouterr().err == "lungseg: shard-corrupt (shard=a). Remedy: fetch it again\n"
-
-
 def test_jobs_run_the_verb_of_their_name(here: Path) -> None:
-    jobs = Path(__file__).parents[1] / "jobs"
+    jobs = Path(__file__).parents[2] / "jobs"
     for verb in ("prepare", "train", "tune", "evaluate"):
         words = [sys.executable, str(jobs / f"{verb}.py"), "--help"]
         done = subprocess.run(words, capture_output=True, text=True, env={**os.environ}, check=True)
