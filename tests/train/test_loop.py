@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,10 +15,12 @@ import keras
 import numpy as np
 import pytest
 from balls import write_balls
+from faults import fault_proxy
+from servers import S3Server
 
 from lungseg.config import load_recipe
 from lungseg.errors import RunError
-from lungseg.storage import FolderStore
+from lungseg.storage import FolderStore, open_store
 from lungseg.train.checkpoint import Checkpoint, Checkpoints
 from lungseg.train.export import load_best
 from lungseg.train.loop import Job, Session, run_worker
@@ -95,6 +99,30 @@ def test_a_run_killed_after_an_epoch_goes_on_to_the_very_same_weights(job: Job, 
     assert_equal_bits(newest(again), whole)
     assert [line["epoch"] for line in lines(again)] == [1, 2, 3]
     assert [line["loss"] for line in lines(again)] == [line["loss"] for line in lines(job)]
+
+
+@pytest.mark.slow
+def test_an_object_store_that_is_away_for_30_s_stops_nothing(
+    job: Job, s3_uri: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the end of the first epoch on, when patches to validate and the look before its commit are due."""
+    run(job)
+    with fault_proxy(s3_server.endpoint) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        far = replace(job, store=open_store(s3_uri))
+        write_balls(far.store, train=6, val=3)
+
+        def cut_off(metrics: dict[str, float]) -> None:
+            if metrics["epoch"] == 1:
+                proxy.always.update(dict.fromkeys(("GET", "HEAD", "PUT", "DELETE"), "reset"))
+                threading.Timer(30, proxy.always.clear).start()
+
+        began = time.monotonic()
+        run(far, cut_off)
+        assert time.monotonic() - began > 30
+        assert {"GET", "HEAD"} <= {seen.method for seen in proxy.seen if seen.fault}
+        assert_equal_bits(newest(far), newest(job))
+        assert [line["loss"] for line in lines(far)] == [line["loss"] for line in lines(job)]
 
 
 def test_a_run_killed_before_it_published_its_best_publishes_when_it_goes_on(job: Job) -> None:
