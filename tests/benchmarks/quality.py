@@ -9,7 +9,7 @@ trains on the same patients with the same two cores for the same minutes, counte
 test crops by windows of 48^3, as trained, and is scored here by the Dice of each nodule at probability 0.5.
 Nobody validates: the network of the last step is scored. Each network is scored with
 the mean over mirror images, as nnU-Net does, and without. Contestants take turns within a fold. Results are
-appended to a file as they come and are not measured again, so the 3 to 7 hours may be had in pieces; the
+appended to a file as they come and are not measured again, so the hours may be had in pieces; the
 table is printed from the file.
 """
 
