@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,17 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 def s3_uri(s3_server: S3Server) -> str:
     """An empty prefix of the bucket, one a test."""
     return f"s3://{BUCKET}/{secrets.token_hex(4)}"
+
+
+@pytest.fixture
+def refusing_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """AWS_ENDPOINT_URL names a port where nobody listens."""
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # bound, and not listening: nobody else gets the port
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{closed.getsockname()[1]}")
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "nothing")
+        yield
 
 
 @pytest.fixture(scope="session")

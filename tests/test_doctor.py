@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 
 import pytest
@@ -42,15 +41,9 @@ def test_a_store_in_order_is_left_as_it_was(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_server_that_refuses_is_a_failure_with_its_remedy(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))  # bound, and not listening: nobody else gets the port
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{closed.getsockname()[1]}")
-        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
-        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "nothing")
-        code, verdicts, err = checked(capsys, "s3://bucket/prefix")
+@pytest.mark.usefixtures("refusing_server")
+def test_a_server_that_refuses_is_a_failure_with_its_remedy(capsys: pytest.CaptureFixture[str]) -> None:
+    code, verdicts, err = checked(capsys, "s3://bucket/prefix")
     assert (code, verdicts["store"]) == (2, "FAIL")
     assert "store: check AWS_ENDPOINT_URL" in err
     assert err.count("\n") == 1
