@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from lungseg.config import Recipe, parse_recipe
-from lungseg.data import lidc
-from lungseg.data.phantom import write_phantom
-from lungseg.data.prepare import prepare
-from lungseg.data.shards import Manifest
+from lungseg.dataset.manifest import Manifest
+from lungseg.dataset.prepare import prepare
+from lungseg.sources import lidc
+from lungseg.sources.phantom.write import write_phantom
 from lungseg.storage import Store, open_store, to_json
 from lungseg.telemetry import progress, quiet_tensorflow
 from lungseg.train.launch import train
@@ -74,19 +74,20 @@ def _score(
             return scores
     with _stage("evaluate", seconds):
         with quiet_tensorflow():
-            from lungseg.evaluate.split import evaluate_split
-            from lungseg.train.export import load_best
+            from lungseg.evaluate.protocol import evaluate_split
+            from lungseg.runs.best import load_best
 
             best = load_best(store, NAME)
         with progress("test scans evaluated") as report:
             result = evaluate_split(store, manifest, best, "test", out / "evaluation", report)
     with _stage("predict", seconds), progress("windows") as report:
-        from lungseg.segment import predict as segmenting
+        from lungseg.segment import inputs, predict
+        from lungseg.segment.outputs import nifti
 
         cases, _ = lidc.find_cases(out / "dicom", best.recipe.data.lidc)
         case, folder = next((c.case_id, c.folder) for c in cases if c.case_id in manifest.cases["test"])
-        found = segmenting.segment(best.predict, segmenting.read_input(folder), best.recipe, report)
-        segmenting.write(found, out / "prediction" / case, run=NAME, checkpoint=checkpoint)
+        found = predict.segment(best.predict, inputs.read_input(folder), best.recipe, report)
+        nifti.write(found, out / "prediction" / case, run=NAME, checkpoint=checkpoint)
     scores = {
         "checkpoint": checkpoint,
         "model": result.model,

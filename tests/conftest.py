@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.scraping import Endpoint
+from helpers.servers import BUCKET, REAL_DATA, S3Server, free_ports, s3_client
 from hypothesis import settings
-from scraping import Endpoint
-from servers import BUCKET, REAL_DATA, S3Server, free_ports, s3_client
 
 # In CI the same examples each time: a rare one must be found at a desk, not block what it has no part in.
 settings.register_profile("ci", derandomize=True, deadline=None)

@@ -24,8 +24,8 @@ from statistics import fmean
 
 import numpy as np
 
-from lungseg.data import pylidc_compat
-from lungseg.data.marks import Mark, read_marks
+from lungseg.sources import pylidc_compat
+from lungseg.sources.marks import Mark, read_marks
 
 BINS_MM = {"< 6": (0, 6), "6-10": (6, 10), "10-20": (10, 20), ">= 20": (20, float("inf"))}
 Nodule = tuple[int, float, float | None, float | None]

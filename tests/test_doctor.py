@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from servers import s3_client
+from helpers.servers import s3_client
 
 from lungseg.cli import main
 from lungseg.doctor import examine

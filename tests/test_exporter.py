@@ -10,11 +10,11 @@ import time
 from typing import Any
 
 import pytest
+from helpers.scraping import Endpoint
+from helpers.servers import ROOT, free_ports
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Counter, Gauge, Metric
-from scraping import Endpoint
-from servers import ROOT, free_ports
 
 from lungseg.config import TelemetryConfig
 from lungseg.exporter import Exporter, Merger, Source, pushing, start_exporter

@@ -15,12 +15,13 @@ import pytest
 import SimpleITK as sitk  # noqa: N813
 
 from lungseg.config import PatchConfig, parse_recipe
-from lungseg.data.case import LabelledScan, Nodule
-from lungseg.data.dicom import read_series
-from lungseg.data.phantom import write_series
-from lungseg.data.scans import cut_patches, to_grid
-from lungseg.data.volume import Geometry, vector
-from lungseg.segment.predict import segment, write
+from lungseg.dataset.case import LabelledScan, Nodule
+from lungseg.dataset.cutting import cut_patches, to_grid
+from lungseg.scan.dicom import read_series
+from lungseg.scan.volume import Geometry, vector
+from lungseg.segment.outputs.nifti import write
+from lungseg.segment.predict import segment
+from lungseg.sources.phantom.write import write_series
 
 MARK_HU = 1000
 RECIPE = parse_recipe({"segment": {"lungs_only": False, "window_zyx": [32, 32, 32], "min_volume_mm3": 0}})

@@ -13,8 +13,8 @@ from benchmarks.scale import S3, SERVERS, Cluster, Store, binding_limits, busy_c
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lungseg.data.order import training_batches
 from lungseg.errors import DataError
+from lungseg.stream.order import training_batches
 
 small = st.integers(1, 8)
 clusters = st.builds(

@@ -7,12 +7,15 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 Codec = Literal["raw", "lz4", "zstd", "planes-lz4", "planes-zstd"]
+LossName = Literal["dice", "bce", "dice_bce", "dice_focal", "focal", "tversky", "focal_tversky"]
 LidcMask = Literal["consensus", "union", "reader1", "reader2", "reader3", "reader4"]
 Label = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Side = Annotated[int, Field(ge=1, le=1024)]
 Shape = tuple[Side, Side, Side]
+Width = Annotated[int, Field(ge=2)]
+Blocks = Annotated[int, Field(ge=1, le=16)]
 Seed = Annotated[int, Field(ge=0, lt=1 << 31)]
 
 

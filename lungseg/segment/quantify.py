@@ -10,7 +10,7 @@ import numpy as np
 from scipy import ndimage
 from scipy.spatial.distance import pdist
 
-from lungseg.data.volume import Geometry, Volume
+from lungseg.scan.volume import Geometry, Volume
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from collections.abc import Callable
 import numpy as np
 
 from lungseg.config import SegmentConfig
-from lungseg.data.volume import AIR_HU, bounding_box
 from lungseg.errors import ConfigError, RunError
+from lungseg.scan.volume import AIR_HU, bounding_box
 
 CONTEXT_VOXELS = 16  # around the lungs' box, for what grows on the pleura
 Predictor = Callable[[np.ndarray], np.ndarray]

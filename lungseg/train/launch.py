@@ -17,14 +17,14 @@ from typing import Any, NoReturn
 
 from lungseg.cluster import connect
 from lungseg.config import Recipe
-from lungseg.data.shards import Manifest, load_manifest
+from lungseg.dataset.manifest import Manifest, load_manifest
 from lungseg.errors import ConfigError, LungsegError, RunError, StorageError
 from lungseg.exporter import Source, count_restart, pushing, start_exporter
+from lungseg.runs.checkpoint import Checkpoints
+from lungseg.runs.run import Mode, load_run, open_run, refuse_taken, run_exists, run_root
 from lungseg.storage import Store
 from lungseg.telemetry import GROUP_METRICS, WORKER_METRICS, log
-from lungseg.train.checkpoint import Checkpoints
 from lungseg.train.notice import heed_sigterm, was_asked
-from lungseg.train.run import Mode, load_run, open_run, refuse_taken, run_exists, run_root
 
 _LEFT = "worker-asked-to-leave"
 _held: list[socket.socket] = []
@@ -242,7 +242,8 @@ def _worker(config: dict[str, Any]) -> None:
     from ray.train.collective import broadcast_from_rank_zero
 
     from lungseg.config import parse_recipe
-    from lungseg.train.loop import Job, Session, run_worker
+    from lungseg.train.job import Job, Session
+    from lungseg.train.loop import run_worker
 
     context = ray.train.get_context()
     group = ray.get_runtime_context().get_placement_group_id()  # of all workers; tuning frees it

@@ -7,67 +7,31 @@ Every rank runs this same function; rank 0 alone writes. It knows no Ray: what i
 from __future__ import annotations
 
 import math
-import secrets
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
 import tensorflow as tf
 
-from lungseg.config import Recipe, TrainConfig
-from lungseg.data.order import steps_per_pass
-from lungseg.data.shards import Manifest
-from lungseg.data.stream import Batch, PatchStream
-from lungseg.storage import Store
+from lungseg.config import TrainConfig
+from lungseg.model.precision import set_precision
+from lungseg.runs.checkpoint import Checkpoint, Checkpoints, TrainState
+from lungseg.runs.lease import claim
+from lungseg.runs.run import run_root
+from lungseg.stream.order import steps_per_pass
+from lungseg.stream.patch_stream import Batch, PatchStream
 from lungseg.telemetry import count_step, log, show_step
-from lungseg.train.checkpoint import Checkpoint, Checkpoints, TrainState
-from lungseg.train.lease import claim
+from lungseg.train.job import Job, Session
 from lungseg.train.notice import heed_sigterm_again
 from lungseg.train.record import Recorder, diverged
-from lungseg.train.run import run_root
 from lungseg.train.step import Placed, Stepper, ValSums
-from lungseg.train.strategy import make_strategy, set_precision
+from lungseg.train.strategy import make_strategy
 
 _log = log("train")
-
-
-@dataclass(frozen=True)
-class Session:
-    """This worker among its peers.
-
-    `share` gives every rank what rank 0 passed in; `report` tells the driver of an epoch; both are
-    barriers. `asked` says whether this process was asked to leave, and `leave`, which does not return, is
-    called by all ranks once a checkpoint is committed. `settled`: an epoch is committed before it is
-    reported, since whoever hears of it may end the run.
-    """
-
-    rank: int
-    world_size: int
-    threads: int | None
-    share: Callable[[Any], Any]
-    report: Callable[[dict[str, float]], None]
-    asked: Callable[[], bool] = lambda: False
-    leave: Callable[[], NoReturn] = sys.exit
-    settled: bool = False
-
-
-@dataclass(frozen=True)
-class Job:
-    """What to train: `root` is the run's prefix in the store, `init` the checkpoint ("run/checkpoint") of
-    another run whose weights it begins with, `driver` the name of the command that started the workers."""
-
-    store: Store
-    root: str
-    attempt: str
-    manifest: Manifest
-    recipe: Recipe
-    init: str = ""
-    driver: str = field(default_factory=lambda: secrets.token_hex(8))
 
 
 @dataclass(frozen=True)

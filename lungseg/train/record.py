@@ -22,11 +22,11 @@ from tensorboardX.proto.event_pb2 import Event
 
 from lungseg.config import Recipe
 from lungseg.errors import LungsegError, RunError, StorageError
+from lungseg.runs.checkpoint import Checkpoint, Checkpoints, TrainState
+from lungseg.runs.export import export_model
+from lungseg.runs.lease import Lease
 from lungseg.show import told
 from lungseg.telemetry import VAL_DICE, log
-from lungseg.train.checkpoint import Checkpoint, Checkpoints, TrainState
-from lungseg.train.export import export_model
-from lungseg.train.lease import Lease
 from lungseg.train.writer import Writer
 
 Arrays = Mapping[str, np.ndarray]

@@ -16,11 +16,11 @@ import numpy as np
 import tensorflow as tf
 
 from lungseg.config import Recipe
-from lungseg.data.stream import Batch
 from lungseg.model.augment import augment
 from lungseg.model.losses import make_loss, supervise, target_and_weight
 from lungseg.model.unet import build_unet, by_member, with_probability
-from lungseg.train.checkpoint import arrays, assign
+from lungseg.runs.checkpoint import arrays, assign
+from lungseg.stream.patch_stream import Batch
 from lungseg.train.optimizer import Schedule, make_optimizer
 
 

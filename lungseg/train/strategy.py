@@ -6,15 +6,9 @@ CPU). Called once in a process, before TensorFlow touches a device.
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Literal
-
-import keras
 import tensorflow as tf
 
-from lungseg.config import Recipe, TrainConfig
-
-Precision = Literal["float32", "mixed_bfloat16", "mixed_float16"]
+from lungseg.config import Recipe
 
 
 def make_strategy(recipe: Recipe, world_size: int, threads: int | None) -> tf.distribute.Strategy:
@@ -42,31 +36,3 @@ def make_strategy(recipe: Recipe, world_size: int, threads: int | None) -> tf.di
         return tf.distribute.MultiWorkerMirroredStrategy(communication_options=options)
     count = len(gpus) or config.logical_cpu_devices
     return tf.distribute.MirroredStrategy([f"{'GPU' if gpus else 'CPU'}:{i}" for i in range(count)])
-
-
-def choose_precision(config: TrainConfig) -> Precision:
-    """ "auto" is bfloat16 with float32 weights where the hardware multiplies bfloat16 (Ampere GPUs and newer,
-    CPUs with AVX-512 BF16 or AMX), float16 with loss scaling on Volta and Turing, else float32."""
-    if config.precision != "auto":
-        return config.precision
-    gpus = tf.config.list_physical_devices("GPU") if config.gpus_per_worker else []
-    if gpus:
-        capability = tf.config.experimental.get_device_details(gpus[0]).get("compute_capability", (0, 0))
-        return gpu_precision(capability)
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = cpuinfo.read_text(encoding="ascii", errors="replace") if cpuinfo.exists() else ""
-    return "mixed_bfloat16" if "avx512_bf16" in flags or "amx_bf16" in flags else "float32"
-
-
-def gpu_precision(compute_capability: tuple[int, int]) -> Precision:
-    """What the tensor cores of a GPU multiply: bfloat16 from 8.0 on, float16 from 7.0 on."""
-    if compute_capability >= (8, 0):
-        return "mixed_bfloat16"
-    return "mixed_float16" if compute_capability >= (7, 0) else "float32"
-
-
-def set_precision(config: TrainConfig) -> Precision:
-    """Make Keras build its next layers in the recipe's precision, and say which that is."""
-    precision = choose_precision(config)
-    keras.mixed_precision.set_dtype_policy(precision)
-    return precision

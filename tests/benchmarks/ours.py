@@ -26,9 +26,10 @@ import numpy as np
 from meter import Meter
 
 from lungseg.config import ShardConfig, StreamConfig
-from lungseg.data.shards import Manifest, Patch, load_manifest, manifest_key, write_shard
-from lungseg.data.stream import PatchStream
+from lungseg.dataset.manifest import Manifest, load_manifest, manifest_key
+from lungseg.dataset.shards import Patch, write_shard
 from lungseg.storage import Store, open_store
+from lungseg.stream.patch_stream import PatchStream
 
 
 def write(codec: Any, source: Path, uri: str) -> None:

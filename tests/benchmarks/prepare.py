@@ -26,16 +26,16 @@ from typing import Any
 import numpy as np
 
 from lungseg.config import LidcConfig, PatchConfig
-from lungseg.data import lidc
-from lungseg.data.dicom import read_series
-from lungseg.data.phantom import write_phantom
-from lungseg.data.scans import cut_patches, to_grid
-from lungseg.data.volume import Volume, write_mask
+from lungseg.dataset.cutting import cut_patches, to_grid
+from lungseg.scan.dicom import read_series
+from lungseg.scan.volume import Volume, write_mask
+from lungseg.sources import lidc
+from lungseg.sources.phantom.write import write_phantom
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-from servers import REAL_DATA  # noqa: E402
+from helpers.servers import REAL_DATA  # noqa: E402
 
 PHANTOMS = 6
 CONTESTANTS = ("lungseg", "SimpleITK", "MONAI")

@@ -39,11 +39,11 @@ def _timed(stage: str, function: Callable[..., Any], *arguments: Any) -> Any:
 def lungseg() -> Worker:
     """What `lungseg prepare` does with a scan, the lung mask and the choice of hard negatives included."""
     from lungseg.config import PatchConfig
-    from lungseg.data import scans
-    from lungseg.data.case import LabelledScan
-    from lungseg.data.dicom import read_series
-    from lungseg.data.pairs import _nodules
-    from lungseg.data.volume import read_labels
+    from lungseg.dataset import cutting as scans
+    from lungseg.dataset.case import LabelledScan
+    from lungseg.scan.dicom import read_series
+    from lungseg.scan.volume import read_labels
+    from lungseg.sources.pairs import _nodules
 
     scans.lung_mask = partial(_timed, "lungs", scans.lung_mask)  # type: ignore[assignment]
 

@@ -30,7 +30,7 @@ import SimpleITK as sitk  # noqa: N813
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-from servers import REAL_DATA  # noqa: E402
+from helpers.servers import REAL_DATA  # noqa: E402
 
 CROPS = REAL_DATA / "lidc_crops"
 CONTESTANTS = ("lungseg", "dynunet", "dynunet-narrow", "basicunet")

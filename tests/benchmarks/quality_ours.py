@@ -18,9 +18,9 @@ import numpy as np
 import SimpleITK as sitk  # noqa: N813
 
 from lungseg.config import load_recipe
-from lungseg.data import pairs
-from lungseg.data.prepare import prepare
+from lungseg.dataset.prepare import prepare
 from lungseg.segment.sliding import predict_volume
+from lungseg.sources import pairs
 from lungseg.storage import open_store
 from lungseg.train.launch import train
 
@@ -43,7 +43,7 @@ def main() -> None:
     train(store, "crops", "crops", recipe)
     lines = [json.loads(line) for line in store.get("runs/crops/metrics.jsonl").decode().splitlines()]
 
-    from lungseg.train.export import load_best
+    from lungseg.runs.best import load_best
 
     model = load_best(store, "crops")
     masks, plain = {}, {}

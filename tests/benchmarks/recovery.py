@@ -30,8 +30,8 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 import psutil  # noqa: E402
-from balls import write_balls  # noqa: E402
-from servers import free_ports  # noqa: E402
+from helpers.balls import write_balls  # noqa: E402
+from helpers.servers import free_ports  # noqa: E402
 
 from lungseg.storage import open_store  # noqa: E402
 

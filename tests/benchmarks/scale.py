@@ -2,7 +2,7 @@
 
     uv run python tests/benchmarks/scale.py [--nodes 1 2 4] [--batches-per-get 16] [--help]
 
-Nothing is measured: every figure follows from the flags, the order in `lungseg.data.order` and the limits
+Nothing is measured: every figure follows from the flags, the order in `lungseg.stream.order` and the limits
 in two chapters of AWS's Amazon S3 User Guide: [B] "Best practices design patterns: optimizing Amazon S3
 performance", [D] "Performance design patterns for Amazon S3". Not modelled: decoding on the CPU, second
 reads, and what the all-reduce takes of a node's network. GB is 1e9 bytes. A worker, so a rank, is a node.
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from lungseg.config import PatchConfig, ShardConfig, StreamConfig
-from lungseg.data.order import steps_per_pass
+from lungseg.stream.order import steps_per_pass
 
 THREADS_MOST = next(m.le for m in StreamConfig.model_fields["threads"].metadata if hasattr(m, "le"))
 BYTES_PER_VOXEL = 3  # int16 HU and uint8 mask

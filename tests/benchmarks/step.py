@@ -24,11 +24,12 @@ import numpy as np
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-from servers import BUCKET, S3Server, s3_client  # noqa: E402
+from helpers.servers import BUCKET, S3Server, s3_client  # noqa: E402
 from step_contestants import flops  # noqa: E402
 
 from lungseg.config import load_recipe  # noqa: E402
-from lungseg.data.shards import Manifest, Patch, manifest_key, write_shard  # noqa: E402
+from lungseg.dataset.manifest import Manifest, manifest_key  # noqa: E402
+from lungseg.dataset.shards import Patch, write_shard  # noqa: E402
 from lungseg.storage import open_store  # noqa: E402
 from lungseg.train.launch import train  # noqa: E402
 

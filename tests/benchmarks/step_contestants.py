@@ -34,9 +34,10 @@ def patches(side: int, batch: int) -> tuple[np.ndarray, np.ndarray]:
 
 def lungseg(side: int, batch: int, precision: str) -> Callable[[], float]:
     from lungseg.config import load_recipe
-    from lungseg.data.stream import Batch
+    from lungseg.model.precision import set_precision
+    from lungseg.stream.patch_stream import Batch
     from lungseg.train.step import Stepper
-    from lungseg.train.strategy import make_strategy, set_precision
+    from lungseg.train.strategy import make_strategy
 
     policy = {"float32": "float32", "bfloat16": "mixed_bfloat16"}[precision]
     recipe = load_recipe(None, [

@@ -30,7 +30,7 @@ import numpy as np
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-from servers import BUCKET, REAL_DATA, S3Server, s3_client  # noqa: E402
+from helpers.servers import BUCKET, REAL_DATA, S3Server, s3_client  # noqa: E402
 
 CODECS = ("raw", "lz4", "zstd", "planes-lz4", "planes-zstd")
 SIDE = 64
@@ -116,9 +116,9 @@ class Bench:
 def write_source(folder: Path, patches: int) -> None:
     """`patches` cubes of a real chest CT at 1 mm (or of a synthetic one where that is not at hand), every
     third with a ball as mask."""
-    from lungseg.data.dicom import read_series
-    from lungseg.data.phantom import write_phantom
-    from lungseg.data.resample import resample
+    from lungseg.scan.dicom import read_series
+    from lungseg.scan.resample import resample
+    from lungseg.sources.phantom.write import write_phantom
 
     real = REAL_DATA / "ct_c3n00247"
     series = real if real.is_dir() else write_phantom(folder / "phantom", 1, 0)[0]

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from balls import write_balls
+from helpers.balls import write_balls
 
 from lungseg.config import load_recipe
+from lungseg.runs.run import open_run
 from lungseg.storage import open_store
-from lungseg.train.run import open_run
 
 
 @pytest.fixture

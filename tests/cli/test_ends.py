@@ -38,11 +38,11 @@ def test_what_is_wrong_is_told_before_tensorflow_or_ray_start(store: Path, words
 
 def test_ctrl_c_ends_with_130_and_one_line(here: Path) -> None:
     code = (
-        "import os, signal, time, lungseg.cli, lungseg.train.run\n"
+        "import os, signal, time, lungseg.cli, lungseg.runs.run\n"
         "def busy(store):\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
         "    time.sleep(60)\n"
-        "lungseg.train.run.list_runs = busy\n"
+        "lungseg.runs.run.list_runs = busy\n"
         "lungseg.cli.main(['runs', '--store', '.'])"
     )
     command = [sys.executable, "-c", code]
@@ -60,7 +60,7 @@ def test_an_error_that_is_not_ours_is_one_line_and_a_file(
     def broken(*_: object) -> None:
         raise ZeroDivisionError("first line\nsecond line")
 
-    monkeypatch.setattr("lungseg.train.run.list_runs", broken)
+    monkeypatch.setattr("lungseg.runs.run.list_runs", broken)
     monkeypatch.setattr("tempfile.tempdir", str(here))
     with pytest.raises(SystemExit) as ended:
         cli.main(["runs", "--store", str(here)])
@@ -85,7 +85,7 @@ def test_an_error_of_ours_that_ray_wrapped_is_told_as_ours(
     def broken(*_: object) -> None:
         raise wrapped
 
-    monkeypatch.setattr("lungseg.train.run.list_runs", broken)
+    monkeypatch.setattr("lungseg.runs.run.list_runs", broken)
     with pytest.raises(SystemExit) as ended:
         cli.main(["runs", "--store", str(here)])
     assert ended.value.code == 2

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
-from marked import mark_download
-from servers import BUCKET, s3_client
-from unpacked import unpacked
+from helpers.marked import mark_download
+from helpers.servers import BUCKET, s3_client
+from helpers.unpacked import unpacked
 
-from lungseg.data.identity import case_id, case_key
+from lungseg.scan.identity import case_id, case_key
 from lungseg.storage import open_store
 
 pytestmark = pytest.mark.slow

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
-from servers import ROOT, free_ports
+from helpers.servers import ROOT, free_ports
 
 pytestmark = pytest.mark.slow
 LUNGSEG = [sys.executable, "-m", "lungseg.cli"]

@@ -15,8 +15,8 @@ import tensorflow as tf
 from lungseg.config import LossConfig, ModelConfig
 from lungseg.model.losses import make_loss
 from lungseg.model.unet import HuWindow, build_unet, by_member, with_probability
-from lungseg.train.checkpoint import arrays
-from lungseg.train.export import export_model
+from lungseg.runs.checkpoint import arrays
+from lungseg.runs.export import export_model
 
 TINY = ModelConfig(width=4, depth=3)
 

@@ -11,10 +11,11 @@ import pytest
 import SimpleITK as sitk  # noqa: N813
 
 from lungseg.config import Recipe, parse_recipe
-from lungseg.data.volume import Geometry, Volume, read_labels
 from lungseg.errors import DataError
-from lungseg.segment import predict as module
-from lungseg.segment.predict import case_name, read_input, segment, write
+from lungseg.scan.volume import Geometry, Volume, read_labels
+from lungseg.segment.inputs import case_name, read_input
+from lungseg.segment.outputs.nifti import write
+from lungseg.segment.predict import Segmentation, segment
 
 SHARED = Path(__file__).parents[2].parent / "shared/data"
 RECIPE = parse_recipe({"segment": {"window_zyx": [64, 64, 64]}})
@@ -110,9 +111,9 @@ def test_results_hold_the_mask_on_the_scans_grid_and_the_nodules(tmp_path: Path)
     assert said["nodules"][0]["centre_lps_mm"] == pytest.approx(BALL_MM.tolist(), abs=0.3)
 
 
-def tiny(value: int) -> module.Segmentation:
+def tiny(value: int) -> Segmentation:
     labels = np.full((2, 2, 2), value, np.int32)
-    return module.Segmentation(labels, geometry((2, 2, 2)), (), 0.5, False)
+    return Segmentation(labels, geometry((2, 2, 2)), (), 0.5, False)
 
 
 def test_earlier_results_are_replaced_and_foreign_folders_left_alone(tmp_path: Path) -> None:
@@ -138,7 +139,7 @@ def test_an_interrupted_write_leaves_nothing_and_keeps_earlier_results(
         path.write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "write_mask", interrupted)
+    monkeypatch.setattr("lungseg.segment.outputs.nifti.write_mask", interrupted)
     for name in ("case", "other"):
         with pytest.raises(KeyboardInterrupt):
             write(tiny(1), tmp_path / name, run="r", checkpoint="2")

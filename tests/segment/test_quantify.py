@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lungseg.data.volume import Geometry, Volume
+from lungseg.scan.volume import Geometry, Volume
 from lungseg.segment.quantify import measure
 
 IDENTITY = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from balls import write_balls
+from helpers.balls import write_balls
 
 from lungseg.config import Recipe, load_recipe
-from lungseg.data.shards import Manifest
+from lungseg.dataset.manifest import Manifest
+from lungseg.runs.checkpoint import Checkpoint, Checkpoints
 from lungseg.storage import Store, open_store
-from lungseg.train.checkpoint import Checkpoint, Checkpoints
 
 SETTINGS = (
     "model.width=2",
@@ -48,7 +48,7 @@ class Balls:
 
     def final(self, run: str) -> Checkpoint:
         """The newest checkpoint of a run, whichever attempt wrote it."""
-        from lungseg.train.run import load_run
+        from lungseg.runs.run import load_run
 
         found = Checkpoints(self.store, f"runs/{run}").newest(load_run(self.store, run).attempt)
         assert found is not None

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scraping import Endpoint
-from train_watch import assert_same_end, lines, train_workers
+from helpers.scraping import Endpoint
+from helpers.train_watch import assert_same_end, lines, train_workers
 
 from lungseg.config import load_recipe
 from lungseg.errors import ConfigError, RunError

@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
-from balls import write_balls
+from helpers.balls import write_balls
 
 from lungseg.config import load_recipe
 from lungseg.errors import RunError, StorageError
+from lungseg.runs.checkpoint import Checkpoint, Checkpoints
+from lungseg.runs.lease import claim
 from lungseg.storage import FolderStore
-from lungseg.train.checkpoint import Checkpoint, Checkpoints
-from lungseg.train.lease import claim
-from lungseg.train.loop import Job, Session, run_worker
+from lungseg.train.job import Job, Session
+from lungseg.train.loop import run_worker
 
 ROOT = "runs/r"
 SETTINGS = (

@@ -14,16 +14,17 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from balls import write_balls
-from faults import fault_proxy
-from servers import S3Server
+from helpers.balls import write_balls
+from helpers.faults import fault_proxy
+from helpers.servers import S3Server
 
 from lungseg.config import load_recipe
 from lungseg.errors import RunError
+from lungseg.runs.best import load_best
+from lungseg.runs.checkpoint import Checkpoint, Checkpoints
 from lungseg.storage import FolderStore, open_store
-from lungseg.train.checkpoint import Checkpoint, Checkpoints
-from lungseg.train.export import load_best
-from lungseg.train.loop import Job, Session, run_worker
+from lungseg.train.job import Job, Session
+from lungseg.train.loop import run_worker
 
 ROOT = "runs/r"
 SETTINGS = (
@@ -195,7 +196,7 @@ def test_a_diverged_run_says_so_and_commits_no_broken_weights(job: Job, steps: i
 
 def test_the_best_network_is_rebuilt_from_the_run_as_it_was(job: Job) -> None:
     from lungseg.model.unet import build_unet
-    from lungseg.train.run import open_run
+    from lungseg.runs.run import open_run
 
     opened = open_run(job.store, "r", job.manifest, job.recipe, "fresh")
     run(replace(job, attempt=opened.attempt))

@@ -11,10 +11,10 @@ import pytest
 import tensorflow as tf
 
 from lungseg.config import load_recipe
-from lungseg.data.stream import Batch
 from lungseg.errors import RunError
+from lungseg.model.precision import gpu_precision
+from lungseg.stream.patch_stream import Batch
 from lungseg.train.step import Stepper, ValSums
-from lungseg.train.strategy import gpu_precision
 
 SHAPE = (12, 12, 12)
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lungseg.data.stream import PatchStream
+from lungseg.stream.patch_stream import PatchStream
 
 WAYS = {
     "mirrored": ("train.logical_cpu_devices=2",),

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from train_watch import assert_same_end, manifests, train_workers
+from helpers.train_watch import assert_same_end, manifests, train_workers
 
 from lungseg.errors import RunError
 

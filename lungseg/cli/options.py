@@ -1,0 +1,37 @@
+"""Flags that several verbs share."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lungseg.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lungseg.config import Recipe
+
+
+def checked_name(text: str) -> str:
+    """A name is one part of a key in the store, and so of a path: no slash, no dot in front."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", text):
+        raise ConfigError("name-invalid", name=repr(text), remedy="use letters, digits, '.', '_' and '-'")
+    return text
+
+
+STORE_HELP = "A folder or s3://bucket/prefix."
+StoreUri = Annotated[str, typer.Option("--store", envvar="LUNGSEG_STORE", help=STORE_HELP)]
+DataName = Annotated[str, typer.Option("--data", callback=checked_name, help="Name of the data set.")]
+RunName = Annotated[str, typer.Option("--run", callback=checked_name, help="Name of the run.")]
+Out = Annotated[Path, typer.Option("--out", help="Folder for the results.")]
+RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="YAML file of settings.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="One setting: section.field=value.")]
+STORE = "./lungseg-store"
+
+
+def read_recipe(file: Path | None, overrides: list[str] | None) -> Recipe:
+    from lungseg.config import load_recipe
+
+    return load_recipe(file, overrides or [])

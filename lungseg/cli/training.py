@@ -1,0 +1,93 @@
+"""The verbs that make and fetch networks: train, tune, runs, pull."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lungseg.cli.app import app
+from lungseg.cli.options import (
+    STORE,
+    DataName,
+    Out,
+    Overrides,
+    RecipeFile,
+    RunName,
+    StoreUri,
+    read_recipe,
+)
+from lungseg.errors import ConfigError
+from lungseg.show import table, told
+
+if TYPE_CHECKING:
+    from lungseg.runs.run import Mode
+
+
+@app.command()
+def train(
+    data: DataName,
+    run: RunName,
+    store: StoreUri = STORE,
+    recipe: RecipeFile = None,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run of this name.")] = False,
+    new: Annotated[bool, typer.Option("--new", help="Begin the run of this name anew.")] = False,
+) -> None:
+    """Train a network; checkpoints and the best model go to the store."""
+    from lungseg.storage import open_store
+    from lungseg.train.launch import train as run_training
+
+    if resume and new:
+        raise ConfigError("flags-contradict", remedy="give --resume or --new, not both")
+    mode: Mode = "resume" if resume else "new" if new else "fresh"
+    best = run_training(open_store(store), data, run, read_recipe(recipe, overrides), mode)
+    print(f"published: {told(best['val_dice'])} after epoch {best['epoch']}, {best['checkpoint']}")
+    print(f"get it with: lungseg pull --store {store} --run {run} --out DIR")
+
+
+@app.command()
+def tune(
+    data: DataName,
+    run: RunName,
+    trials: Annotated[int, typer.Option(min=1, help="How many trials.")],
+    store: StoreUri = STORE,
+    recipe: RecipeFile = None,
+    overrides: Overrides = None,
+) -> None:
+    """Search learning rate, loss and width; the best trial becomes the run's best."""
+    from lungseg.storage import open_store
+    from lungseg.tune.search import tune as search
+
+    rows = search(open_store(store), data, run, read_recipe(recipe, overrides), trials)
+    header = ("trial", "learning rate", "loss", "width", "epochs", "val Dice")
+    cells = [
+        (r.trial, f"{r.learning_rate:.2e}", r.loss, str(r.width), str(r.epochs), f"{r.val_dice:.4f}")
+        for r in rows
+    ]
+    print(table(header, cells))
+
+
+@app.command()
+def runs(store: StoreUri = STORE) -> None:
+    """List the runs of a store with their best validation Dice."""
+    from lungseg.runs.run import list_runs
+    from lungseg.storage import open_store
+
+    opened = open_store(store)
+    opened.check()
+    rows = []
+    for run, best in list_runs(opened):
+        score = (told(best["val_dice"]).removeprefix("val Dice "), str(best["epoch"])) if best else ("-", "-")
+        rows.append((run.name, run.kind, run.data, *score, run.created))
+    print(table(("run", "kind", "data", "val Dice", "epoch", "created"), rows))
+
+
+@app.command()
+def pull(run: RunName, out: Out, store: StoreUri = STORE) -> None:
+    """Copy the best checkpoint of a run to a folder."""
+    from lungseg.runs.run import pull_best
+    from lungseg.storage import open_store
+
+    best = pull_best(open_store(store), run, out)
+    print(f"{out / 'model.keras'}: {told(best['val_dice'])}, epoch {best['epoch']}")

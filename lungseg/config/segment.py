@@ -1,0 +1,21 @@
+"""Settings of how probabilities become nodules."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from lungseg.config.fields import Frozen, Shape
+
+
+class SegmentConfig(Frozen):
+    """From probabilities to nodules."""
+
+    window_zyx: Shape = Field((96, 96, 96), description="voxels (z, y, x) that are predicted at once")
+    overlap: float = Field(0.25, ge=0, lt=1, description="share of a window's side that its neighbour covers")
+    batch: int = Field(1, ge=1, description="windows predicted at once")
+    mirror: bool = Field(
+        False, description="mean over the 8 mirror images of each window, in 8 times the time"
+    )
+    threshold: float = Field(0.5, gt=0, lt=1, description="probability from which a voxel is nodule")
+    min_volume_mm3: float = Field(14.0, ge=0, description="smaller components go; a 3 mm ball has 14.1 mm3")
+    lungs_only: bool = Field(True, description="skip windows without lung, drop components outside it")

@@ -1,0 +1,151 @@
+"""One scan of a data set: read, resampled, its patches cut.
+
+What a scan gives is committed by a small JSON that is written last. Patches lie in `scans/` of the store,
+under a key that tells settings and files apart, and stay there: a killed job goes on, and a data set with
+other splits, other shards or more scans cuts none of them again. Whole volumes belong to their data set, from
+which another copies them. Deleting `scans/` costs time, nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cache
+from typing import Any, TypeVar
+
+import numpy as np
+
+from lungseg.config import DataConfig, PatchConfig
+from lungseg.dataset import patches, shards
+from lungseg.dataset.case import IGNORE, Case, LabelledScan, ScanFacts
+from lungseg.dataset.shards import FORMAT, Patch, Shard
+from lungseg.dataset.stored_scans import StoredVolume, VolumeEntry, copy_volume, write_volume
+from lungseg.scan.lungs import lung_mask
+from lungseg.scan.resample import resample, resample_mask
+from lungseg.scan.volume import AIR_HU, Volume, vector
+from lungseg.storage import Store, to_json
+
+WORK_FORMAT = 4
+"""Of what is kept of a scan: that of another version is not read."""
+KEPT = "scans"
+T = TypeVar("T", "Cut", VolumeEntry)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The patches of one scan, one a record batch; `shard` is None where there are none."""
+
+    strata: tuple[str, ...]
+    shard: Shard | None
+    facts: ScanFacts
+
+    @staticmethod
+    def from_json(tree: dict[str, Any]) -> Cut:
+        shard = Shard.from_json(tree["shard"]) if tree["shard"] else None
+        return Cut(tuple(tree["strata"]), shard, ScanFacts.from_json(tree["facts"]))
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What one scan gave a data set; `volume` is None in training."""
+
+    case_id: str
+    cut: Cut
+    volume: VolumeEntry | None
+
+
+def prepare_scan(store: Store, name: str, case: Case, split: str, config: DataConfig) -> Prepared:
+    """What one scan gives the data set `name`, or what was committed of it. Raises what loading it raises."""
+    settings = config.model_dump(mode="json", exclude={"shard", "split"})
+    stem = f"{case.case_id}-{digest([WORK_FORMAT, settings, case.stamp()])}"
+
+    @cache
+    def read() -> tuple[LabelledScan, StoredVolume, np.ndarray]:
+        scan = case.load()
+        return scan, *to_grid(scan, config.spacing_mm)
+
+    def cut() -> Cut:
+        scan, stored, ignore = read()
+        found = cut_patches(case.case_id, scan, stored, ignore, config.patch)
+        shard = None
+        if found:
+            key, shape = f"{KEPT}/{stem}.arrow", config.patch.shape_zyx
+            shard = shards.write_shard(store, key, ([patch] for patch in found), shape, "planes-lz4")
+        return Cut(tuple(patch.stratum for patch in found), shard, ScanFacts.of(scan))
+
+    def volume() -> VolumeEntry:
+        key = f"data/{name}/volumes/{split}/{case.case_id}-{digest([settings, split])}.arrow"
+        note = f"{KEPT}/{stem}-volume.json"
+        earlier = VolumeEntry(**store.get_json(note)) if store.exists(note) else None
+        copied = copy_volume(store, earlier, key) if earlier else None
+        if copied:
+            return copied
+        written = write_volume(store, key, case.case_id, read()[1])
+        store.put_json(note, asdict(written))
+        return written
+
+    patches_of_it = _once(store, f"{KEPT}/{stem}.json", Cut.from_json, cut)
+    if split == "train":
+        return Prepared(case.case_id, patches_of_it, None)
+    committed = f"data/{name}/work/{split}-{stem}.json"
+    return Prepared(
+        case.case_id, patches_of_it, _once(store, committed, lambda tree: VolumeEntry(**tree), volume)
+    )
+
+
+def _once(store: Store, key: str, from_json: Callable[[dict[str, Any]], T], make: Callable[[], T]) -> T:
+    """What is committed under `key`, or is made and committed now."""
+    if store.exists(key):
+        return from_json(store.get_json(key))
+    made = make()
+    store.put_json(key, asdict(made))
+    return made
+
+
+def to_grid(scan: LabelledScan, spacing_mm: tuple[float, float, float]) -> tuple[StoredVolume, np.ndarray]:
+    """The scan on LPS axes at `spacing_mm` with its mask (IGNORE where the ignore regions are), and those
+    regions alone. Masks go through linear interpolation and 0.5, which keeps a nodule's volume."""
+    volume = resample(scan.volume, spacing_mm)
+    target, ignore = (
+        resample_mask(mask, scan.volume.geometry, volume.geometry) for mask in (scan.mask, scan.ignore)
+    )
+    ignore &= ~target
+    mask = target.view(np.uint8)
+    mask[ignore] = IGNORE
+    return StoredVolume(volume, mask), ignore
+
+
+def cut_patches(
+    case_id: str, scan: LabelledScan, stored: StoredVolume, ignore: np.ndarray, config: PatchConfig
+) -> list[Patch]:
+    """The training patches of one scan; deterministic in the case id and the settings."""
+    volume: Volume = stored.volume
+    centres = [(n.nodule_id, vector(volume.geometry.to_index_zyx(n.centre_lps_mm))) for n in scan.nodules]
+    seed = int(fingerprint([config.seed, case_id])[:15], 16)
+    target = (stored.mask == 1).astype(np.uint8)
+    lungs = lung_mask(volume)
+    sites = patches.select_sites(
+        target, ignore.astype(np.uint8), lungs, volume.volume_hu, centres, config, seed
+    )
+    return [
+        Patch(
+            image_hu=patches.cut(volume.volume_hu, site.centre_zyx, config.shape_zyx, AIR_HU),
+            mask=patches.cut(stored.mask, site.centre_zyx, config.shape_zyx, 0),
+            case_id=case_id,
+            nodule_id=site.nodule_id,
+            stratum=site.stratum,
+            centre_lps_mm=tuple(volume.geometry.to_lps_mm(site.centre_zyx).tolist()),
+            spacing_mm=volume.geometry.spacing_mm,
+        )
+        for site in sites
+    ]
+
+
+def fingerprint(value: Any) -> str:
+    return hashlib.sha256(to_json([FORMAT, value])).hexdigest()
+
+
+def digest(value: Any) -> str:
+    """Short enough for a key, and long enough that no two things of one name share it."""
+    return fingerprint(value)[:16]

@@ -1,0 +1,283 @@
+"""The distributed job that turns cases into shards, whole volumes and a manifest.
+
+Two stages of Ray tasks. One task a scan (`scans.py`) reads it and commits its patches, so that a killed job
+reads no scan twice. Then a pure plan mixes the patches of all scans into shards, one task each. The manifest
+is written last, then the data card. The result depends on the cases and the settings alone, never on the
+number of workers or the order in which they finish.
+
+The key of each object ends in a digest of what it is made of, so that jobs of other settings under the same
+name write other objects: the first to write the manifest owns the name.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from lungseg.cluster import connect
+from lungseg.config import DataConfig
+from lungseg.dataset import shards
+from lungseg.dataset.card import write_card
+from lungseg.dataset.case import Case, Exclusion
+from lungseg.dataset.cutting import Prepared, digest, fingerprint, prepare_scan
+from lungseg.dataset.manifest import Manifest, load_manifest, manifest_key
+from lungseg.dataset.shards import POSITIVE, Extent, Patch, Shard
+from lungseg.dataset.shuffle import permutation
+from lungseg.dataset.splits import SPLITS, assign_splits, read_table
+from lungseg.errors import DataError, GeometryError, LungsegError
+from lungseg.storage import Store
+from lungseg.telemetry import Progress, log
+
+SCAN_BYTES = 1536 << 20
+"""Memory that Ray keeps free for the task of a scan, so that no node runs more of them than it can hold."""
+SHARD_BYTES = 1024 << 20
+
+
+def prepare(
+    store: Store,
+    name: str,
+    cases: Sequence[Case],
+    config: DataConfig,
+    progress: Progress,
+    excluded: Sequence[Exclusion] = (),
+    skip_broken: bool = False,
+) -> Manifest:
+    """The data set `name`; one that is there already with the same cases and settings is reused.
+
+    All scans are tried, and each that cannot be used is logged. With `skip_broken` the manifest lists them
+    under `excluded`, else nothing is made: what the only one raised is raised, or DataError("scans-broken").
+    Raises DataError("cases-none"), DataError("data-exists") if it is there with others, as `read_table` and
+    `assign_splits`.
+    """
+    if not cases:
+        raise DataError("cases-none", data=name, remedy="give a folder with scans that are not all excluded")
+    table = read_table(config.split.file) if config.split.file else None
+    split_of = assign_splits([(case.case_id, case.patient_id) for case in cases], config.split, table)
+    wanted = fingerprint({"config": config.model_dump(mode="json"), "splits": split_of})
+    key = manifest_key(name)
+    if not store.exists(key):
+        try:
+            done, broken = _scans(store, name, cases, split_of, config, progress)
+            if broken and not (skip_broken and done):
+                raise _refused(broken, len(cases))
+            left_out = [*excluded, *(_exclusion(case_id, error) for case_id, error in broken.items())]
+            built = _build(store, name, done, split_of, config, left_out, wanted)
+            store.put_if_absent(key, built.to_bytes())
+        except LungsegError:
+            if not store.exists(key):  # else another job was first, and swept away what it does not name
+                raise
+    manifest = load_manifest(store, name)
+    if manifest.fingerprint != wanted:
+        remedy = "choose another --data name, or delete the old data set"
+        message = "made from other scans or settings"
+        raise DataError("data-exists", data=name, store=store.uri, message=message, remedy=remedy)
+    broken_then = sum(one.broken for one in manifest.excluded)
+    if broken_then and not skip_broken:
+        remedy = "allow it with --skip-broken, or prepare the mended scans under another --data name"
+        message = f"{broken_then} broken scans were left out of this data set"
+        raise DataError("scans-broken", data=name, message=message, remedy=remedy)
+    _sweep(store, manifest)
+    write_card(store, manifest)
+    return manifest
+
+
+def _build(
+    store: Store,
+    name: str,
+    done: Sequence[Prepared],
+    split_of: dict[str, str],
+    config: DataConfig,
+    excluded: Sequence[Exclusion],
+    wanted: str,
+) -> Manifest:
+    return Manifest(
+        name=name,
+        fingerprint=wanted,
+        config=config.model_dump(mode="json"),
+        patch_shape_zyx=config.patch.shape_zyx,
+        shards={split: _shards(store, name, split, done, split_of, config) for split in SPLITS[:2]},
+        volumes={
+            split: tuple(d.volume for d in done if d.volume and split_of[d.case_id] == split)
+            for split in SPLITS[1:]
+        },
+        cases={split: tuple(d.case_id for d in done if split_of[d.case_id] == split) for split in SPLITS},
+        counts={split: _counts(split, [d for d in done if split_of[d.case_id] == split]) for split in SPLITS},
+        excluded=tuple(excluded),
+        batches_per_get=config.shard.batches_per_get,
+        scans={d.case_id: d.cut.facts for d in done},
+    )
+
+
+def _refused(broken: dict[str, LungsegError], scans: int) -> LungsegError:
+    if len(broken) == 1:
+        return next(iter(broken.values()))
+    codes = Counter(error.code for error in broken.values())
+    message = ", ".join(f"{count} {code}" for code, count in codes.most_common())
+    remedy = "mend the scans that are listed above, or leave them out with --skip-broken"
+    return DataError("scans-broken", scans=f"{len(broken)} of {scans}", message=message, remedy=remedy)
+
+
+def _exclusion(case_id: str, error: LungsegError) -> Exclusion:
+    """The error's text stays out of the manifest: it names files, which may be named after patients."""
+    return Exclusion(case_id, error.code, "could not be used, and was left out on demand", broken=True)
+
+
+def _sweep(store: Store, manifest: Manifest) -> None:
+    """Delete the work files, and what jobs with other settings left behind."""
+    named = {shard.key for split in manifest.shards.values() for shard in split}
+    named |= {volume.key for split in manifest.volumes.values() for volume in split}
+    for folder in ("work", "shards", "volumes"):
+        found = store.find(f"data/{manifest.name}/{folder}/")
+        store.delete([item.key for item in found if item.key not in named])
+
+
+def plan_shards(
+    rows: Sequence[tuple[str, int, bool]], rows_per_batch: int, batches_per_shard: int, seed: int
+) -> list[list[list[tuple[str, int]]]]:
+    """Shards of record batches of (case id, row), from all (case id, row, is positive).
+
+    Both strata are shuffled over all scans and dealt out evenly, so that every run of n rows holds its
+    share of positives to within one.
+    """
+    chosen: dict[bool, list[tuple[str, int]]] = {True: [], False: []}
+    for case, row, positive in sorted(rows):
+        chosen[positive].append((case, row))
+    for positive, items in chosen.items():
+        chosen[positive] = [items[i] for i in permutation(len(items), seed, int(positive))]
+    total, positives = len(rows), len(chosen[True])
+    mixed = []
+    for k in range(total):
+        # Bresenham's line: the running count of positives is floor(k * share) throughout.
+        mixed.append(chosen[(k + 1) * positives // total > k * positives // total].pop())
+    batches = [mixed[i : i + rows_per_batch] for i in range(0, total, rows_per_batch)]
+    return [batches[i : i + batches_per_shard] for i in range(0, len(batches), batches_per_shard)]
+
+
+def _scans(
+    store: Store,
+    name: str,
+    cases: Sequence[Case],
+    split_of: dict[str, str],
+    config: DataConfig,
+    progress: Progress,
+) -> tuple[list[Prepared], dict[str, LungsegError]]:
+    """What the scans gave, by case id, and what is wrong with those that are broken."""
+    tasks = [(store, name, case, split_of[case.case_id], config) for case in cases]
+
+    def told(result: Prepared | tuple[str, LungsegError]) -> None:
+        if isinstance(result, tuple):
+            log("data").warning("scan %s is broken: %s", *result)
+
+    found = _parallel(_scan_task, tasks, SCAN_BYTES, progress, told)
+    done = [one for one in found if isinstance(one, Prepared)]
+    broken: dict[str, LungsegError] = dict(one for one in found if isinstance(one, tuple))
+    return sorted(done, key=lambda d: d.case_id), dict(sorted(broken.items()))
+
+
+def _scan_task(
+    store: Store, name: str, case: Case, split: str, config: DataConfig
+) -> Prepared | tuple[str, LungsegError]:
+    """What the scan gives, or its id and what is wrong with it: returned, so that the others go on."""
+    try:
+        return prepare_scan(store, name, case, split, config)
+    except (DataError, GeometryError) as error:
+        return case.case_id, error
+
+
+def _parallel(
+    function: Callable[..., Any],
+    tasks: Sequence[tuple[Any, ...]],
+    memory_bytes: int,
+    progress: Progress = lambda done, total: None,
+    told: Callable[[Any], None] = lambda result: None,
+) -> list[Any]:
+    """The results of Ray tasks in the order of `tasks`, each told as it comes; a task whose worker dies is
+    done again.
+
+    What a task raises is raised as it is; those that wait are then given up.
+    """
+    ray = connect()
+    # A task that asks for more than any node has would wait for ever.
+    largest = max(node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"])
+    remote = ray.remote(num_cpus=1, memory=int(min(memory_bytes, largest)), max_retries=3)(function)
+    all_of_them = pending = [remote.remote(*arguments) for arguments in tasks]
+    progress(0, len(tasks))
+    try:
+        while pending:
+            ready, pending = ray.wait(pending)
+            for result in ray.get(ready):
+                told(result)
+            progress(len(tasks) - len(pending), len(tasks))
+        results: list[Any] = ray.get(all_of_them)
+    except Exception as error:
+        raise LungsegError.find_in(error) or error from None
+    finally:
+        for reference in pending:
+            ray.cancel(reference)
+    return results
+
+
+def _shards(
+    store: Store,
+    name: str,
+    split: str,
+    done: Sequence[Prepared],
+    split_of: dict[str, str],
+    config: DataConfig,
+) -> tuple[Shard, ...]:
+    mine = {d.case_id: d.cut for d in done if split_of[d.case_id] == split and d.cut.shard}
+    rows = [(c, row, s == POSITIVE) for c, cut in mine.items() for row, s in enumerate(cut.strata)]
+    patch_bytes = 3 * int(np.prod(config.patch.shape_zyx))
+    per_extent = config.shard.batches_per_get
+    per_shard = (config.shard.target_mib << 20) // (patch_bytes * config.shard.rows_per_batch)
+    per_shard = max(1, per_shard // per_extent) * per_extent
+    plan = plan_shards(rows, config.shard.rows_per_batch, per_shard, config.shard.seed)
+    work = {case: cut.shard for case, cut in mine.items()}
+    tasks = [
+        (
+            store,
+            f"data/{name}",
+            f"{split}-{number:05d}",
+            batches,
+            {case: work[case] for batch in batches for case, _ in batch},
+            config,
+        )
+        for number, batches in enumerate(plan)
+    ]
+    return tuple(_parallel(_shard_task, tasks, SHARD_BYTES))
+
+
+def _shard_task(
+    store: Store,
+    root: str,
+    title: str,
+    batches: list[list[tuple[str, int]]],
+    work: dict[str, Shard],
+    config: DataConfig,
+) -> Shard:
+    """One shard, or what an earlier, killed job committed of it."""
+    shape, codec = config.patch.shape_zyx, config.shard.codec
+    stem = f"{title}-{digest([codec, shape, batches, {case: shard.sha256 for case, shard in work.items()}])}"
+    key, committed = f"{root}/shards/{stem}.arrow", f"{root}/work/shards/{stem}.json"
+    if store.exists(committed) and store.exists(key):
+        return Shard.from_json(store.get_json(committed))
+
+    def load(case: str, row: int) -> Patch:
+        source = work[case]
+        data = shards.fetch(store, Extent(source, row, row + 1))
+        return shards.patches_of(data, shape, source.codec)[0]
+
+    groups = ([load(case, row) for case, row in batch] for batch in batches)
+    shard = shards.write_shard(store, key, groups, shape, codec)
+    store.put_json(committed, asdict(shard))
+    return shard
+
+
+def _counts(split: str, done: Sequence[Prepared]) -> dict[str, int]:
+    strata = Counter(stratum for d in done for stratum in d.cut.strata if split != "test")
+    nodules = sum(len(d.cut.facts.nodules) for d in done)
+    return {"scans": len(done), "nodules": nodules, "patches": strata.total(), **strata}

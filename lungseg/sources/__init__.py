@@ -1,0 +1,1 @@
+"""Who hands labelled scans to `dataset`: LIDC-IDRI, folders of pairs, phantoms."""

@@ -1,0 +1,1 @@
+"""Synthetic chest CT with the nodules that LIDC's readers drew."""

@@ -1,0 +1,298 @@
+"""A synthetic chest in HU: body, bones, mediastinum and lungs, built around given lesions.
+
+Nothing here is a patient. The chest exists so that a network has something to learn and a threshold has
+something to fail on: vessels have the HU and the cross-section of nodules and many times their volume,
+and only their shape in 3D tells them apart.
+
+Positions are mm (z, y, x) from the chest's axis in the lowest slice: z to the head, y to the back, x to
+the image's right. A "distance" is in mm, negative inside, and only near a surface exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from scipy.ndimage import gaussian_filter
+
+from lungseg.sources.phantom.branches import Tube, airways, stamp_ellipsoid, stamp_tube, vessels
+
+AIR_HU, FAT_HU, MUSCLE_HU, BLOOD_HU, LIVER_HU = -1000.0, -100.0, 50.0, 40.0, 60.0
+LUNG_HU, LUMEN_HU = -860.0, -960.0
+# Room for aerated lung around a lesion, so that even a pleural one can be told from the chest wall.
+POCKET_MM = 6.0
+EDGE_MM = 1.0  # over which two tissues mix: the blur of a scanner
+
+
+@dataclass(frozen=True)
+class Lesion:
+    """`mask` is bool [z, y, x] with its first voxel at `corner_zyx`; `texture` runs from 1 (ground glass)
+    to 5 (solid)."""
+
+    corner_zyx: tuple[int, int, int]
+    mask: np.ndarray
+    texture: float
+
+
+def synthesise(
+    shape_zyx: tuple[int, int, int],
+    spacing_mm: tuple[float, float, float],
+    lesions: Sequence[Lesion],
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """int16 HU [z, y, x], slices from the feet to the head, rows to the back; a function of `rng`'s seed."""
+    chest = Chest(shape_zyx, spacing_mm, lesions, rng)
+    hu = np.empty(shape_zyx, np.float32)
+    for index in range(shape_zyx[0]):
+        hu[index] = chest.slice_hu(index)
+    for tube in vessels(chest.hila_mm, chest.points_in_lung, rng):
+        stamp_tube(hu, chest, tube, BLOOD_HU + 10)
+    for tube in airways(chest.carina_mm, chest.hila_mm, chest.points_in_lung, rng):
+        _stamp_airway(hu, chest, tube)
+    _distract(hu, chest, rng)
+    for lesion in lesions:
+        _paint(hu, lesion, rng)
+    return _scanned(hu, rng)
+
+
+class _Plan(NamedTuple):
+    """What the chest's shapes at some places (y, x) have in common at all heights; lengths in mm."""
+
+    y: np.ndarray
+    x: np.ndarray
+    radius: np.ndarray  # from the chest's axis
+    wall: np.ndarray  # the rib cage's reach in that direction
+    diaphragm: np.ndarray  # its height
+    spine: np.ndarray  # depth in it
+    mediastinum: np.ndarray  # depth in it, where it is narrowest
+    heart: np.ndarray  # squared, 1 at its surface on its own level
+
+
+class Chest:
+    """The shapes of one chest. Larger than usual if a lesion would else lie in its wall."""
+
+    def __init__(
+        self,
+        shape_zyx: tuple[int, int, int],
+        spacing_mm: tuple[float, float, float],
+        lesions: Sequence[Lesion],
+        rng: np.random.Generator,
+    ) -> None:
+        self.spacing_mm = np.array(spacing_mm, np.float32)
+        self.axis_index = np.array([0, shape_zyx[1] / 2, shape_zyx[2] / 2], np.float32)
+        # Plain floats: with a float64 of NumPy every float32 slice would become float64.
+        self.height = float(shape_zyx[0] * spacing_mm[0])
+        width = float(shape_zyx[2] * spacing_mm[2]) * rng.uniform(0.97, 1.03)
+        self.half_y, self.half_x = 0.26 * width, 0.38 * width
+        corners = np.array([lesion.corner_zyx for lesion in lesions]).reshape(-1, 3)
+        sizes = np.array([lesion.mask.shape for lesion in lesions]).reshape(-1, 3)
+        self.pockets_mm = ((corners + (sizes - 1) / 2 - self.axis_index) * self.spacing_mm).astype(np.float32)
+        self.pocket_radii = (sizes * self.spacing_mm).max(axis=1).astype(np.float32) / 2 + POCKET_MM
+        z, y, x = self.pockets_mm.T
+        wider = (np.hypot(y, x) + self.pocket_radii) / (self.reach(y, x) * self.taper(z))
+        growth = float(np.clip(wider.max(initial=1), 1, 1.1))
+        self.half_y, self.half_x = growth * self.half_y, growth * self.half_x
+        self.carina_mm = np.array([0.62 * self.height, 0.25 * self.half_y, 0.0])
+        self.hila_mm = (
+            np.array([0.52 * self.height, 0.2 * self.half_y, -0.30 * self.half_x]),
+            np.array([0.55 * self.height, 0.2 * self.half_y, 0.32 * self.half_x]),
+        )
+        self.y, self.x = (
+            ((np.arange(count) - middle) * step).astype(np.float32).reshape(form)
+            for count, middle, step, form in zip(
+                shape_zyx[1:], self.axis_index[1:], spacing_mm[1:], [(-1, 1), (1, -1)], strict=True
+            )
+        )
+        self.all = self.plan(self.y, self.x)
+        self.angle = np.arctan2(np.abs(self.x), self.y)  # 0 at the spine, pi at the sternum
+        self.texture = _Texture(shape_zyx, rng)
+        self.body_hu = self._body()
+
+    def reach(self, y: np.ndarray, x: np.ndarray) -> np.ndarray:
+        """How far the widest section of the rib cage (a superellipse) reaches in the direction (y, x)."""
+        radius = np.hypot(y, x) + 1e-3
+        rho = (np.abs(y / self.half_y) ** 2.4 + np.abs(x / self.half_x) ** 2.4) ** (1 / 2.4) + 1e-6
+        return (radius / rho).astype(np.float32)
+
+    def taper(self, z: np.ndarray | float) -> np.ndarray:
+        """Relative width of the rib cage at height `z`: it closes towards the neck."""
+        above = np.clip(np.asarray(z, np.float32) / self.height - 0.5, 0, 0.47)
+        return np.sqrt(1 - (above / 0.48) ** 2)
+
+    def plan(self, y: np.ndarray, x: np.ndarray) -> _Plan:
+        front = np.clip(-y / self.half_y, 0, 1)
+        heart_x = (x - 0.17 * self.half_x) / (0.48 * self.half_x)
+        heart_y = (y + 0.3 * self.half_y) / (0.52 * self.half_y)
+        # Two domes: highest over the middle of each lung, low at the back.
+        across = ((np.abs(x) - 0.5 * self.half_x) / (0.4 * self.half_x)) ** 2
+        along = ((y + 0.15 * self.half_y) / (0.7 * self.half_y)) ** 2
+        return _Plan(
+            y=y,
+            x=x,
+            radius=np.hypot(y, x),
+            wall=self.reach(y, x),
+            diaphragm=self.height
+            * (0.16 * np.exp(-across - along) + np.where(x < 0, np.float32(0.08), np.float32(0.06))),
+            spine=25 - np.hypot(y - 0.82 * self.half_y, x),
+            mediastinum=28 - 18 * front - np.abs(x),
+            heart=heart_x**2 + heart_y**2,
+        )
+
+    def lung_distance(self, z: np.ndarray | float, plan: _Plan) -> np.ndarray:
+        """Distance to the lungs' surface at heights `z` over the places of `plan`."""
+        z = np.asarray(z, np.float32)
+        h = z / self.height
+        distance = np.maximum(plan.radius - plan.wall * self.taper(z), plan.diaphragm - z)
+        distance = np.maximum(distance, plan.spine)
+        distance = np.maximum(distance, plan.mediastinum + 8 * np.exp(-(((h - 0.52) / 0.12) ** 2)))
+        distance = np.maximum(distance, 40 - 40 * np.sqrt(plan.heart + ((h - 0.3) / 0.22) ** 2))
+        for (pz, py, px), radius in zip(self.pockets_mm, self.pocket_radii, strict=True):
+            if np.min(np.abs(z - pz)) < radius:
+                pocket = np.sqrt((z - pz) ** 2 + (plan.y - py) ** 2 + (plan.x - px) ** 2) - radius
+                distance = np.minimum(distance, pocket)
+        return distance
+
+    def points_in_lung(self, count: int, depth_mm: float, side: int, rng: np.random.Generator) -> np.ndarray:
+        """`count` random points [n, 3] at least `depth_mm` deep in the lung at side -1 or 1 of the image."""
+        kept: list[np.ndarray] = []
+        while sum(map(len, kept)) < count:
+            tries = rng.uniform((0, -1, 0), (1, 1, 1.1), (4 * count, 3))
+            tries *= (self.height, self.half_y, side * self.half_x)
+            z, y, x = tries.T
+            kept.append(tries[self.lung_distance(z, self.plan(y, x)) < -depth_mm])
+        return np.concatenate(kept)[:count]
+
+    def slice_hu(self, index: int) -> np.ndarray:
+        """float32 HU [y, x] of one slice without vessels, airways, lesions and noise."""
+        z = float(index * self.spacing_mm[0])
+        cage = self.all.radius - self.all.wall * self.taper(z)
+        soft = self.texture.at(index)
+        hu = self.body_hu + 12 * soft
+        _mix(hu, cage - 13 - 4 * soft, MUSCLE_HU)
+        inside = np.where(soft > 0.9, np.float32(FAT_HU + 30), np.float32(BLOOD_HU))
+        inside[self.all.diaphragm > z] = LIVER_HU
+        _mix(hu, cage + 1, inside)
+        self._bones(hu, z, cage)
+        lung = self.lung_distance(z, self.all)
+        fissure = np.abs(self.y - 0.9 * (z - 0.45 * self.height)) < 0.7
+        parenchyma = LUNG_HU + 30 * self.y / self.half_y + 18 * soft + np.float32(110) * fissure
+        _mix(hu, lung, parenchyma)
+        return hu
+
+    def _body(self) -> np.ndarray:
+        """Fat under the skin, and the scanner's table, alike in all slices."""
+        hu = np.full((self.y.size, self.x.size), AIR_HU, np.float32)
+        outline = self.all.radius - 1.03 * self.all.wall - 24
+        _mix(hu, outline, 20.0)
+        _mix(hu, outline + 2, FAT_HU)
+        table = np.abs(self.y - 1.03 * self.half_y - 34 + (self.x / 40) ** 2) - 1.5
+        _mix(hu, np.maximum(table, -outline), -300.0)
+        return hu
+
+    def _bones(self, hu: np.ndarray, z: float, cage: np.ndarray) -> None:
+        """Ribs that descend from the spine to the front, vertebrae with their canal, the sternum."""
+        shell = (np.abs(cage - 5) < 5) & (self.angle < 2.6)
+        phase = (z + 22 * self.angle[shell]) % 26
+        ribs = hu[shell]
+        _bone(ribs, np.maximum(np.abs(cage[shell] - 5) - 4, np.abs(phase - 6) - 5))
+        hu[shell] = ribs
+        middle = np.flatnonzero(np.abs(self.x[0]) < 30)
+        columns = slice(middle[0], middle[-1] + 1)
+        x, y, hu = self.x[:, columns], self.y, hu[:, columns]
+        back = y - 0.95 * self.half_y
+        _bone(hu, np.hypot(0.85 * x, back) - (16 if z % 24 > 4 else 14))
+        _bone(hu, np.abs(np.hypot(x, back - 24) - 11) - 3)
+        _bone(hu, np.maximum(np.abs(x) - 3, np.abs(back - 44) - 9))
+        _bone(hu, np.maximum(np.abs(x) - 16, np.abs(y + self.half_y * self.taper(z) + 4) - 5))
+        _mix(hu, np.hypot(x, back - 24) - 8, 30.0)
+
+
+class _Texture:
+    """Smooth random fields of unit variance, about 10 mm wide, made slice by slice."""
+
+    def __init__(self, shape_zyx: tuple[int, int, int], rng: np.random.Generator) -> None:
+        depth, height, width = shape_zyx
+        self.coarse = rng.standard_normal((depth // 4 + 2, 40, 40)).astype(np.float32)
+        self.rows, self.columns = _tents(height, 40), _tents(width, 40)
+
+    def at(self, index: int) -> np.ndarray:
+        step, rest = divmod(index, 4)
+        plane = (1 - rest / 4) * self.coarse[step] + rest / 4 * self.coarse[step + 1]
+        return 1.5 * self.rows @ plane @ self.columns.T
+
+
+def _tents(fine: int, coarse: int) -> np.ndarray:
+    """Matrix [fine, coarse] of linear interpolation."""
+    places = np.linspace(0, coarse - 1, fine)[:, None]
+    return np.clip(1 - np.abs(places - np.arange(coarse)), 0, 1).astype(np.float32)
+
+
+def _mix(hu: np.ndarray, distance: np.ndarray, inner_hu: np.ndarray | float) -> None:
+    """Replace what lies inside, in place, with a soft edge."""
+    hu += np.clip(0.5 - distance / EDGE_MM, 0, 1) * (inner_hu - hu)
+
+
+def _bone(hu: np.ndarray, distance: np.ndarray) -> None:
+    _mix(hu, distance, 650.0)
+    _mix(hu, distance + 2.5, 220.0)
+
+
+def _stamp_airway(hu: np.ndarray, chest: Chest, tube: Tube) -> None:
+    wall_mm = 0.5 + 0.15 * tube.radius
+    stamp_tube(hu, chest, tube.widened(wall_mm), 0.0)
+    stamp_tube(hu, chest, tube, LUMEN_HU)
+
+
+def _distract(hu: np.ndarray, chest: Chest, rng: np.random.Generator) -> None:
+    """What a threshold takes for nodules: dots below 3 mm, scars like sheets, plaques on the pleura."""
+    for side in (-1, 1):
+        for point in chest.points_in_lung(25, 3.0, side, rng):
+            stamp_ellipsoid(hu, chest, point, np.eye(3), np.full(3, rng.uniform(0.7, 1.3)), 30.0)
+        for point in chest.points_in_lung(4, 8.0, side, rng):
+            turn = np.linalg.qr(rng.standard_normal((3, 3)))[0]
+            sheet = np.array([0.9, rng.uniform(4, 9), rng.uniform(8, 16)])
+            stamp_ellipsoid(hu, chest, point, turn, sheet, rng.uniform(-150, 20))
+        for point in chest.points_in_lung(4, 8.0, side, rng):
+            outward = point * (0, 1, 1) / np.hypot(*point[1:])
+            z, y, x = (point + np.arange(0, 400, 0.5)[:, None] * outward).T
+            edge = 0.5 * int(np.argmax(chest.lung_distance(z, chest.plan(y, x)) > 0))
+            turn = np.stack([outward, (1.0, 0, 0), np.cross(outward, (1.0, 0, 0))])
+            plaque = np.array([rng.uniform(1.5, 2.5), rng.uniform(8, 16), rng.uniform(8, 16)])
+            stamp_ellipsoid(hu, chest, point + edge * outward, turn, plaque, 60.0)
+
+
+def _paint(hu: np.ndarray, lesion: Lesion, rng: np.random.Generator) -> None:
+    """Blend a lesion into `hu`, in place: its mask is where it fills at least half of a voxel."""
+    pad = 3
+    mask = np.pad(lesion.mask, pad).astype(np.float32)
+    share = gaussian_filter(mask, (0.35, 0.8, 0.8))
+    solid, ground_glass = rng.uniform(0, 60), rng.uniform(-650, -400)
+    grain = 15 * gaussian_filter(rng.standard_normal(mask.shape), 1.0) * 3
+    if lesion.texture >= 4:
+        inner = solid + grain
+    elif lesion.texture < 2.5:
+        inner = ground_glass + 2 * grain
+    else:
+        core = np.clip(4 * gaussian_filter(mask, (1.0, 3.0, 3.0)) - 2.4, 0, 1)
+        inner = ground_glass + core * (solid - ground_glass) + grain
+    # The padding may reach beyond the scan.
+    first = np.array(lesion.corner_zyx) - pad
+    low, high = np.maximum(first, 0), np.minimum(first + mask.shape, hu.shape)
+    there = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
+    here = tuple(slice(a, b) for a, b in zip(low - first, high - first, strict=True))
+    part = hu[there]
+    np.maximum(part, part + share[here] * (inner[here] - part), out=part)
+
+
+def _scanned(hu: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Add noise that neighbouring pixels share, as a reconstruction kernel leaves it, and round."""
+    sigma_hu = rng.uniform(20, 32)
+    scanned = np.empty(hu.shape, np.int16)
+    for index, plane in enumerate(hu):
+        white = rng.standard_normal((plane.shape[0] + 1, plane.shape[1] + 1), dtype=np.float32)
+        # The sum of four has twice the deviation of one.
+        noise = (white[1:, 1:] + white[1:, :-1] + white[:-1, 1:] + white[:-1, :-1]) / 2
+        scanned[index] = np.clip(np.rint(plane + sigma_hu * noise), -1024, 3071)
+    return scanned

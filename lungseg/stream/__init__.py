@@ -1,0 +1,1 @@
+"""A data set becomes batches: ordered, fetched, cached and decoded ahead of the step that needs them."""

@@ -1,0 +1,65 @@
+"""Whole scans in the store: what is read is what was written, or an error."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from lungseg.dataset.stored_scans import StoredVolume, read_volume, write_volume
+from lungseg.errors import DataError
+from lungseg.scan.volume import Geometry, Volume
+from lungseg.storage import open_store
+
+KEY = "data/d/volumes/val/c.arrow"
+TILTED = ((0.6, 0.8, 0.0), (-0.8, 0.6, 0.0), (0.0, 0.0, 1.0))
+
+
+def scan(shape: tuple[int, int, int] = (5, 6, 7)) -> StoredVolume:
+    rng = np.random.default_rng(1)
+    hu = rng.integers(-1024, 3072, shape, dtype=np.int16)
+    mask = rng.choice(np.array([0, 1, 255], np.uint8), shape)
+    return StoredVolume(Volume(hu, Geometry(shape, (2.5, 0.1, 1 / 3), (-150.25, 1e-7, 300.0), TILTED)), mask)
+
+
+@pytest.mark.parametrize("shape", [(5, 6, 7), (1, 6, 7), (1, 1, 1)])
+@pytest.mark.parametrize("kind", ["folder", "s3"])
+def test_voxels_and_geometry_come_back_exactly(
+    request: pytest.FixtureRequest, tmp_path: Path, kind: str, shape: tuple[int, int, int]
+) -> None:
+    store = open_store(tmp_path if kind == "folder" else request.getfixturevalue("s3_uri"))
+    written = scan(shape)
+    entry = write_volume(store, KEY, "c", written)
+    read = read_volume(store, entry)
+    assert (entry.case_id, entry.key, entry.bytes) == ("c", KEY, store.size(KEY))
+    assert entry.sha256 == hashlib.sha256(store.get(KEY)).hexdigest()
+    assert read.volume.geometry == written.volume.geometry
+    assert (read.volume.volume_hu.dtype, read.mask.dtype) == (np.int16, np.uint8)
+    np.testing.assert_array_equal(read.volume.volume_hu, written.volume.volume_hu)
+    np.testing.assert_array_equal(read.mask, written.mask)
+
+
+def test_the_same_scan_gives_the_same_bytes_and_plain_arrow_reads_them(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    assert write_volume(store, KEY, "c", scan()) == write_volume(store, KEY, "c", scan())
+    with pa.ipc.open_file(tmp_path / KEY) as reader:
+        (image,) = reader.get_batch(0)["image"].to_numpy_ndarray()
+        geometry = json.loads(reader.schema.metadata[b"geometry"])
+    np.testing.assert_array_equal(image, scan().volume.volume_hu)
+    assert geometry["spacing_mm"] == [2.5, 0.1, 1 / 3]
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut"])
+def test_changed_bytes_are_an_error_that_names_the_object(tmp_path: Path, damage: str) -> None:
+    store = open_store(tmp_path)
+    entry = write_volume(store, KEY, "c", scan())
+    data = bytearray(store.get(KEY))
+    data[len(data) // 2] ^= 1
+    store.put(KEY, bytes(data) if damage == "flip" else bytes(data[:-1]))
+    with pytest.raises(DataError, match="volume-corrupt") as caught:
+        read_volume(store, entry)
+    assert caught.value.where == {"key": KEY}
