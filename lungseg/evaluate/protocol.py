@@ -13,7 +13,7 @@ from lungseg.dataset.manifest import Manifest
 from lungseg.dataset.stored_scans import read_volume
 from lungseg.errors import DataError
 from lungseg.evaluate.case import CaseResult, evaluate_case, mean_or_none
-from lungseg.evaluate.report import write_report
+from lungseg.evaluate.report import reader_ceiling, write_report
 from lungseg.runs.best import BestModel
 from lungseg.scan.lungs import lung_mask
 from lungseg.segment.sliding import predict_volume
@@ -74,7 +74,8 @@ def evaluate_split(
         "checkpoint": best.checkpoint,
         "threshold_baseline": summaries["baseline"],
     }
-    text, json = write_report(results["model"], summaries["model"], out, best.run, split, extra)
+    ceiling = reader_ceiling(nodule for facts in manifest.scans.values() for nodule in facts.nodules)
+    text, json = write_report(results["model"], summaries["model"], out, best.run, split, ceiling, extra)
     return Evaluation(summaries["model"], summaries["baseline"], text, json)
 
 

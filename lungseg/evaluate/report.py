@@ -5,17 +5,23 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from lungseg import __version__
+from lungseg.dataset.case import Nodule
 from lungseg.errors import DataError
 from lungseg.evaluate.case import CaseResult
 
 READER_CEILING = {"reader_to_reader_dice": 0.75, "reader_to_consensus_dice": 0.86}
+
+
+def reader_ceiling(nodules: Iterable[Nodule]) -> dict[str, float] | None:
+    """LIDC-IDRI's figures where the nodules were marked by readers as there; None for any other data."""
+    return READER_CEILING if any(nodule.readers for nodule in nodules) else None
 
 
 def write_report(
@@ -24,12 +30,13 @@ def write_report(
     out: Path,
     run: str,
     split: str,
+    ceiling: dict[str, float] | None,
     extra: dict[str, Any],
 ) -> tuple[Path, Path]:
     """Write evaluation-<UTC stamp>.txt, for people, and the same as .json into `out`; their two paths.
 
-    `extra` holds further facts by name (the baseline's summary, the checkpoint). NaN and infinity become
-    null. Raises DataError("output-unwritable").
+    `ceiling` is what `reader_ceiling` says of the data; `extra` holds further facts by name (the baseline's
+    summary, the checkpoint). NaN and infinity become null. Raises DataError("output-unwritable").
     """
     created = datetime.now(UTC)
     report = {
@@ -38,7 +45,7 @@ def write_report(
         "run": run,
         "split": split,
         "summary": summary,
-        "reader_ceiling": READER_CEILING,
+        "reader_ceiling": ceiling,
         "extra": extra,
         "cases": [asdict(result) for result in results],
     }
@@ -92,9 +99,7 @@ def _as_text(
         "",
         *(f"{title:<48}{_show(summary[key])}" for key, title in _HEADLINES.items()),
         "",
-        "Ceiling on LIDC-IDRI, Dice per nodule: one reader with another about "
-        f"{READER_CEILING['reader_to_reader_dice']}, with the consensus about "
-        f"{READER_CEILING['reader_to_consensus_dice']}.",
+        *_ceiling_as_text(report["reader_ceiling"]),
         *(f"{key}: {json.dumps(_finite(value))}" for key, value in report["extra"].items()),
         "",
     ]
@@ -105,6 +110,16 @@ def _as_text(
         cells = [number.rjust(width) for number, width in zip(numbers, widths[1:], strict=True)]
         lines.append("  ".join([case_id.ljust(widths[0]), *cells]))
     return "\n".join(lines) + "\n"
+
+
+def _ceiling_as_text(ceiling: dict[str, float] | None) -> list[str]:
+    if ceiling is None:
+        return []
+    reader, consensus = ceiling["reader_to_reader_dice"], ceiling["reader_to_consensus_dice"]
+    return [
+        f"Ceiling on LIDC-IDRI, Dice per nodule: one reader with another about {reader}, with the "
+        f"consensus about {consensus}."
+    ]
 
 
 def _show(value: float | int | None) -> str:

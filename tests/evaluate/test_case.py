@@ -11,14 +11,16 @@ import numpy as np
 import pytest
 
 from lungseg.config import SegmentConfig
+from lungseg.dataset.case import Nodule
 from lungseg.errors import DataError, GeometryError
 from lungseg.evaluate.case import CaseResult, evaluate_case
 from lungseg.evaluate.protocol import summarise, threshold_baseline
-from lungseg.evaluate.report import write_report
+from lungseg.evaluate.report import READER_CEILING, reader_ceiling, write_report
 
 SHAPE = (40, 40, 120)
 MM = (1.0, 1.0, 1.0)
 CONFIG = SegmentConfig()
+CEILING = reader_ceiling([Nodule("n", (0.0, 0.0, 0.0), 8.0, 3)])
 
 
 def box(x: int, side: int = 4) -> np.ndarray:
@@ -133,7 +135,9 @@ def test_the_report_holds_every_number_under_its_name(tmp_path: Path) -> None:
     results = [score(box(10), box(10)), replace(score(EMPTY, EMPTY), case_id="a-longer-name")]
     extra = {"baseline": {"dice": 0.0123}, "broken": float("nan")}
 
-    text, machine = write_report(results, summarise(results), tmp_path / "new", "run-1", "test", extra)
+    text, machine = write_report(
+        results, summarise(results), tmp_path / "new", "run-1", "test", CEILING, extra
+    )
 
     assert re.fullmatch(r"evaluation-\d{8}T\d{6}Z\.txt", text.name)
     assert machine.name == text.name.replace(".txt", ".json")
@@ -157,8 +161,18 @@ def test_the_report_holds_every_number_under_its_name(tmp_path: Path) -> None:
     assert header.split()[4] == "dice"
 
 
+def test_the_readers_of_lidc_are_no_ceiling_of_data_that_has_none(tmp_path: Path) -> None:
+    of_lidc, of_pairs = (Nodule("n", (0.0, 0.0, 0.0), 8.0, readers) for readers in (3, 0))
+    assert reader_ceiling([of_pairs, of_lidc]) == READER_CEILING
+    assert reader_ceiling([of_pairs]) is reader_ceiling([]) is None
+    results = [score(box(10), box(10))]
+    text, machine = write_report(results, summarise(results), tmp_path, "r", "test", None, {})
+    assert json.loads(machine.read_text())["reader_ceiling"] is None
+    assert "LIDC" not in text.read_text()
+
+
 def test_a_report_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     results = [score(EMPTY, EMPTY)]
     with pytest.raises(DataError, match="output-unwritable"):
-        write_report(results, summarise(results), tmp_path / "file", "r", "test", {})
+        write_report(results, summarise(results), tmp_path / "file", "r", "test", None, {})
