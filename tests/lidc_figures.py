@@ -45,7 +45,7 @@ def mean(values: Iterable[float | None]) -> float | None:
 def nodule(mark: Mark) -> Nodule:
     consensus = mark.consensus(0.5)
     of_each = mean(dice(one, consensus) for one in mark.outlined) if len(mark.outlined) > 1 else None
-    return len(mark.outlined), mark.diameter_mm, mark.reader_dice(), of_each
+    return len(mark.outlined), mark.mean_reader_diameter_mm, mark.reader_dice(), of_each
 
 
 def scan_figures(scan_id: int) -> list[Nodule]:

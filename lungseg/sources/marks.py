@@ -29,14 +29,14 @@ class Mark:
     `outlined` is bool [reader, z, y, x] of the part `box` of the scan, slices by ascending z: the voxels
     that each reader's contours enclose. Readers of LIDC are anonymous: "reader 1" is the first of this
     mark's cluster, and need not be the same person in another mark. `drawn` is bool [z, y, x]: enclosed by
-    anyone, or under anyone's pen. `diameter_mm` is the mean over readers of the largest axial diameter, as
-    in LUNA16; `texture` is the mean rating from 1 (ground glass) to 5 (solid).
+    anyone, or under anyone's pen. `mean_reader_diameter_mm` is the mean over readers of the longest axial
+    diameter, as in LUNA16; `texture` is the mean rating from 1 (ground glass) to 5 (solid).
     """
 
     box: Box
     outlined: np.ndarray
     drawn: np.ndarray
-    diameter_mm: float
+    mean_reader_diameter_mm: float
     texture: float
 
     @property
@@ -93,7 +93,7 @@ def read_marks(scan: Any) -> list[Mark]:
                 outlined=np.moveaxis(np.array(reader_masks, bool), 3, 1),
                 drawn=np.moveaxis(drawn, 2, 0),
                 # A reader who set single points only has no diameter: pylidc says minus infinity.
-                diameter_mm=float(np.mean([max(annotation.diameter, 0.0) for annotation in cluster])),
+                mean_reader_diameter_mm=float(np.mean([max(one.diameter, 0.0) for one in cluster])),
                 texture=float(np.mean([annotation.texture for annotation in cluster])),
             )
         )
@@ -112,7 +112,7 @@ def label(volume: Volume, marks: Sequence[Mark], slices: np.ndarray, config: Lid
     nodules = []
     for number, mark in enumerate(marks, 1):
         part = mark.mask(config.mask, config.consensus)
-        agreed = mark.readers >= config.min_readers and mark.diameter_mm >= config.min_diameter_mm
+        agreed = mark.readers >= config.min_readers and mark.mean_reader_diameter_mm >= config.min_diameter_mm
         if agreed and part.any():
             indices = _paint(mask, mark, part, slices)
             nodules.append(_nodule(f"n{number:02d}", indices, volume.geometry, mark))

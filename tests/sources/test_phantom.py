@@ -137,7 +137,7 @@ def test_scans_are_chosen_by_the_seed_and_fewer_are_the_beginning_of_more():
     assert names[1] != names[2]
     for scan in chosen[1] + chosen[2]:
         assert 90 <= len(scan.zvals_mm) <= 180
-        assert any(mark.readers >= 3 and 10 <= mark.diameter_mm <= 30 for mark in scan.marks)
+        assert any(mark.readers >= 3 and 10 <= mark.mean_reader_diameter_mm <= 30 for mark in scan.marks)
     assert all(len(set(patients)) == len(patients) for patients in names)
 
 

@@ -147,8 +147,8 @@ def _choose(count: int, seed: int) -> Iterator[_Scan]:
             if scan.patient_id in patients or not is_regular(zvals):
                 continue
             marks = tuple(mark for mark in read_marks(scan) if mark.consensus(CONSENSUS).any())
-            largest = max((mark.diameter_mm for mark in marks), default=0.0)
-            targets = [mark.diameter_mm for mark in marks if mark.readers >= MIN_READERS]
+            largest = max((mark.mean_reader_diameter_mm for mark in marks), default=0.0)
+            targets = [mark.mean_reader_diameter_mm for mark in marks if mark.readers >= MIN_READERS]
             if not targets or max(targets) < NODULE_MM[0] or largest > NODULE_MM[1]:
                 continue
             patients.add(scan.patient_id)
