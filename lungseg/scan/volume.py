@@ -1,4 +1,4 @@
-"""A scan as HU array and geometry: reading and writing of NIfTI and NRRD.
+"""A scan as HU array and geometry: reading of NIfTI, NRRD and MetaImage, writing of NIfTI.
 
 Arrays are [z, y, x]; indices, shapes and spacings are (z, y, x); patient coordinates are (x, y, z) in
 DICOM's LPS millimetres (x to the patient's left, y to the back, z to the head). An index names the
@@ -22,7 +22,8 @@ import SimpleITK as sitk  # noqa: N813
 from lungseg.errors import DataError, GeometryError
 
 AIR_HU = -1024
-SUFFIXES = (".nii", ".nii.gz", ".nrrd")
+ITK_READERS = {".nrrd": "NrrdImageIO", ".mha": "MetaImageIO", ".mhd": "MetaImageIO"}
+SUFFIXES = (".nii.gz", ".nii", *ITK_READERS)
 
 # The datatype codes of nifti1.h and NumPy's names of them.
 NIFTI_TYPES = {2: "u1", 4: "i2", 8: "i4", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8"}
@@ -81,6 +82,12 @@ def bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
     """The smallest box that holds every nonzero voxel of `mask` [z, y, x]; () where there is none."""
     sides = [np.flatnonzero(mask.any(axis=others)) for others in ((1, 2), (0, 2), (0, 1))]
     return tuple(slice(int(side[0]), int(side[-1]) + 1) for side in sides) if sides[0].size else ()
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """The stem of a file's name and which of SUFFIXES it has, in any case of letters; "" where none."""
+    suffix = next((one for one in SUFFIXES if name.lower().endswith(one)), "")
+    return name[: len(name) - len(suffix)], suffix
 
 
 def read_image(path: Path) -> Volume:
@@ -142,11 +149,14 @@ def write_mask(path: Path, mask: np.ndarray, geometry: Geometry) -> None:
 def _open(path: Path) -> sitk.ImageFileReader:
     """A reader that has read the header of a 3D grey-value image."""
     if not path.is_file():
-        raise DataError("image-missing", file=path, remedy="give an existing NIfTI or NRRD file")
-    if not path.name.endswith(SUFFIXES):
+        raise DataError("image-missing", file=path, remedy="give an existing NIfTI, NRRD or MetaImage file")
+    _, suffix = split_name(path.name)
+    if not suffix:
         raise DataError("image-unreadable", file=path, remedy=f"the name must end in {', '.join(SUFFIXES)}")
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
+    # Named, since ITK knows most formats by suffixes in small letters only.
+    reader.SetImageIO(ITK_READERS.get(suffix, "NiftiImageIO"))
     try:
         reader.ReadImageInformation()
     except RuntimeError as error:
@@ -163,7 +173,7 @@ def _open(path: Path) -> sitk.ImageFileReader:
 def _read(path: Path) -> tuple[np.ndarray, Geometry]:
     reader = _open(path)
     try:
-        if path.name.endswith(".nrrd"):
+        if split_name(path.name)[1] in ITK_READERS:
             image = reader.Execute()
             array, geometry = sitk.GetArrayFromImage(image), _geometry(image)
         else:

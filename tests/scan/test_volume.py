@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lungseg.errors import DataError, GeometryError
-from lungseg.scan.volume import read_geometry, read_image, read_labels, write_mask
+from lungseg.scan.volume import SUFFIXES, read_geometry, read_image, read_labels, split_name, write_mask
 
 angles = st.tuples(*[st.floats(-180, 180)] * 3)
 indices = st.tuples(*[st.floats(-50, 50)] * 3)
@@ -100,19 +100,29 @@ def test_a_mask_that_cannot_be_written_is_one_error_and_no_file(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("suffix", [".nii", ".nii.gz", ".nrrd"])
+@given(st.text(st.characters(categories=["L", "N"])), st.sampled_from(SUFFIXES), st.randoms())
+def test_a_name_is_split_whatever_the_case_of_its_suffix(stem, suffix, random):
+    shouted = "".join(random.choice((letter.upper(), letter)) for letter in suffix)
+    assert split_name(stem + shouted) == (stem, suffix)
+    assert split_name(f"{stem}{suffix}.txt") == (f"{stem}{suffix}.txt", "")
+
+
+@pytest.mark.parametrize("suffix", [*SUFFIXES, ".NII.GZ", ".NRRD", ".MHA", ".MHD"])
 def test_images_of_any_type_are_read_as_rounded_int16(tmp_path, suffix):
     image = sitk.GetImageFromArray(np.array([[[-0.6, 1.4], [40000.0, -1e9]]], np.float64))
     image.SetSpacing((0.5, 0.75, 3.0))
     image.SetOrigin((1.0, 2.0, 3.0))
     path = tmp_path / f"scan{suffix}"
-    sitk.WriteImage(image, str(path))
+    sitk.WriteImage(image, str(path.with_name(path.name.lower())))
+    path.with_name(path.name.lower()).rename(path)
     volume = read_image(path)
     assert volume.volume_hu.dtype == np.int16
     assert volume.volume_hu.tolist() == [[[-1, 1], [32767, -32768]]]
     assert volume.geometry.spacing_mm == pytest.approx((3.0, 0.75, 0.5))
     assert volume.geometry.origin_lps_mm == pytest.approx((1.0, 2.0, 3.0))
     assert read_geometry(path) == volume.geometry
+    sitk.WriteImage(sitk.Cast(sitk.Abs(image) > 1, sitk.sitkUInt8), str(tmp_path / "mask.mha"))
+    assert read_labels(tmp_path / "mask.mha")[0].tolist() == [[[0, 1], [1, 1]]]
 
 
 kinds = [
@@ -194,7 +204,7 @@ def test_images_that_are_no_3d_scan_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("compressed", [True, False])
-@pytest.mark.parametrize("suffix", [".nii", ".nii.gz", ".nrrd"])
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz", ".nrrd", ".mha"])
 def test_a_file_cut_short_is_refused(tmp_path, suffix, compressed):
     whole = tmp_path / f"whole{suffix}"
     noise = np.random.default_rng(0).integers(-1000, 1000, (20, 30, 40)).astype(np.int16)

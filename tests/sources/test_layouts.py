@@ -143,7 +143,7 @@ def test_a_value_that_dataset_json_does_not_name_is_refused_with_those_it_names(
         ("[]", "dataset-invalid", "dataset.json"),
         ({"labels": {"background": 0, "whole": [1, 2]}}, "dataset-invalid", "dataset.json"),
         ({**NNUNET, "channel_names": {"0": "CT", "1": "PET"}}, "image-multichannel", "CT, PET"),
-        ({**NNUNET, "file_ending": ".mha"}, "file-ending", ".mha"),
+        ({**NNUNET, "file_ending": ".png"}, "file-ending", ".png"),
         ({**NNUNET, "numTraining": 3}, "dataset-incomplete", "promised=3, here=2"),
     ],
 )
