@@ -26,8 +26,13 @@ ID_BYTES = 8  # two of a million scans share an id with a probability of 3e-8
 
 
 def case_id(name: str, key: bytes) -> str:
-    """16 hex digits. Names are compared as people read them: macOS writes "ö" as two characters."""
-    return hmac.digest(key, unicodedata.normalize("NFC", name).encode(), "sha256")[:ID_BYTES].hex()
+    """16 hex digits; bytes of a file's name that are no UTF-8 count as they are."""
+    return hmac.digest(key, os.fsencode(as_read(name)), "sha256")[:ID_BYTES].hex()
+
+
+def as_read(name: str) -> str:
+    """The name as people compare it: macOS writes "ö" as two characters."""
+    return unicodedata.normalize("NFC", name)
 
 
 def case_key() -> bytes:

@@ -24,8 +24,9 @@ import numpy as np
 
 from lungseg.config import PairsConfig
 from lungseg.dataset.case import LabelledScan, Nodule, stamp_of
+from lungseg.dataset.splits import csv_rows, spelled
 from lungseg.errors import DataError, GeometryError
-from lungseg.scan.identity import case_id, case_key
+from lungseg.scan.identity import as_read, case_id, case_key
 from lungseg.scan.volume import Geometry, bounding_box, read_geometry, read_image, read_labels, vector
 from lungseg.sources.layouts import read_layout
 
@@ -136,17 +137,18 @@ def _patients(table: Path) -> dict[str, str]:
     if not table.exists():
         return {}
     try:
-        with table.open(newline="", encoding="utf-8-sig") as stream:
-            rows = list(csv.DictReader(stream))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        rows = csv_rows(table.read_text(encoding="utf-8-sig"), ("name", "patient"))
+    except (OSError, ValueError, LookupError, csv.Error) as error:
         raise _invalid(table) from error
-    if not rows or not all(row.get("name") and row.get("patient") for row in rows):
+    first: dict[str, str] = {}  # "Anna" and "anna " are one patient, who must not be in two splits
+    patients = {as_read(name): first.setdefault(spelled(patient), patient) for name, patient in rows}
+    if len(patients) < len(rows) or not rows:
         raise _invalid(table)
-    return {row["name"]: row["patient"] for row in rows}
+    return patients
 
 
 def _invalid(table: Path) -> DataError:
-    remedy = "write UTF-8 text with the columns name,patient and fill each row"
+    remedy = "write UTF-8 text with the columns name,patient and one full row a scan"
     return DataError("patients-invalid", file=table, remedy=remedy)
 
 

@@ -29,8 +29,17 @@ def settings(draw: st.DrawFn) -> SplitConfig:
     return SplitConfig(seed=draw(st.integers(0, 2**31 - 1)), **shares)
 
 
-@given(cohorts, settings(), st.randoms())
-def test_no_patient_is_in_two_splits_in_whatever_order_scans_are_found(patient_of, config, random):
+@st.composite
+def dealt(draw: st.DrawFn) -> tuple[dict[str, str], SplitConfig]:
+    """Scans of at least as many patients as there are folds."""
+    config = draw(settings())
+    enough = cohorts.filter(lambda patient_of: len(set(patient_of.values())) >= (config.folds or 0))
+    return draw(enough), config
+
+
+@given(dealt(), st.randoms())
+def test_no_patient_is_in_two_splits_in_whatever_order_scans_are_found(cohort, random):
+    patient_of, config = cohort
     split_of = assign_splits(patient_of.items(), config)
     assert split_of.keys() == patient_of.keys()
     of_patient = {(patient, split_of[case]) for case, patient in patient_of.items()}
@@ -40,27 +49,51 @@ def test_no_patient_is_in_two_splits_in_whatever_order_scans_are_found(patient_o
     assert assign_splits(shuffled, config) == split_of
 
 
-@given(cohorts, names, settings())
-def test_a_patient_who_is_added_moves_nobody(patient_of, newcomer, config):
+@given(dealt(), names)
+def test_a_patient_who_is_added_moves_nobody(cohort, newcomer):
+    patient_of, config = cohort
+    folds = [config.model_copy(update={"fold": fold}) for fold in range(config.folds or 1)]
     alone = {patient: own_split(patient, config) for patient in patient_of.values()}
+    tested = {fold.fold for fold in folds for patient in alone if own_split(patient, fold) == "test"}
     before = assign_splits(patient_of.items(), config)
     after = assign_splits([*patient_of.items(), ("new scan", newcomer)], config)
-    if {"train", "val", "test"} <= set(alone.values()):
+    if {"train", "val", "test"} <= set(alone.values()) and len(tested) == len(folds):
         assert before == {case: alone[patient] for case, patient in patient_of.items()}
         assert {case: after[case] for case in before} == before
 
 
-@given(cohorts, settings())
-def test_what_was_asked_for_has_a_patient_while_there_are_enough(patient_of, config):
+@given(dealt())
+def test_what_was_asked_for_has_a_patient_while_there_are_enough(cohort):
+    patient_of, config = cohort
     split_of = assign_splits(patient_of.items(), config)
-    patients = len(set(patient_of.values()))
+    left = {patient for case, patient in patient_of.items() if not config.folds or split_of[case] != "test"}
     found = set(split_of.values())
-    asked = (
-        {"train"} | ({"test"} if config.test or config.folds else set()) | ({"val"} if config.val else set())
-    )
+    asked = {"train"} | ({"val"} if config.val else set()) | ({"test"} if config.test else set())
+    if config.folds:
+        assert "test" in found
+        found, asked = found - {"test"}, asked - {"test"}
     assert found <= asked
-    assert ("train" in found) == (patients > 0)
-    assert len(found) >= min(patients, len(asked))
+    assert ("train" in found) == bool(left)
+    assert len(found) >= min(len(left), len(asked))
+
+
+@given(cohorts, st.integers(2, 10), st.integers(0, 2**31 - 1))
+def test_over_all_folds_each_patient_is_tested_once_however_few_there_are(patient_of, folds, seed):
+    patients = set(patient_of.values())
+    configs = [SplitConfig(folds=folds, fold=fold, seed=seed) for fold in range(folds)]
+    if len(patients) < folds:
+        for config in configs:
+            with pytest.raises(DataError, match=r"folds-too-many .*Remedy: prepare scans of more patients"):
+                assign_splits(patient_of.items(), config)
+        return
+    tested = Counter(
+        patient
+        for config in configs
+        for patient in {
+            patient_of[c] for c, s in assign_splits(patient_of.items(), config).items() if s == "test"
+        }
+    )
+    assert tested == dict.fromkeys(patients, 1)
 
 
 def test_shares_hold_over_many_patients_and_a_seed_deals_anew():
@@ -108,6 +141,8 @@ def test_both_scans_of_the_eight_patients_of_lidc_that_have_two_are_in_one_split
     ("name", "text"),
     [
         ("s.csv", "patient,split\nP1,train\nP2,test\nP3,val\n"),
+        ("s.csv", " Patient ; Split\nP3 ; Val\np1; TRAIN\n;\n P2;test \n"),
+        ("s.csv", "split,note,patient\ntrain,,P1\n val,x, P3\n\n,,\ntest,,P2"),
         ("s.json", json.dumps({"P1": "train", "P2": "test", "P3": "val"})),
     ],
 )
@@ -127,6 +162,9 @@ def test_a_file_says_who_is_where(tmp_path: Path, name: str, text: str) -> None:
         ("s.csv", "patient,split\nP1,validation\n"),
         ("s.csv", "patient,fold\nP1,1\n"),
         ("s.csv", "patient,split\nP1\n"),
+        ("s.csv", "patient,split\nP1,\n"),
+        ("s.csv", "patient,split\nP1,train\np1 ,test\n"),
+        ("s.csv", ""),
         ("s.json", '{"P1": "train", "P1": "test"}'),
         ("s.json", '["P1"]'),
         ("s.json", '{"P1": 1}'),

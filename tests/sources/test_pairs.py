@@ -100,6 +100,10 @@ def test_a_table_says_who_is_who(tmp_path):
     table = tmp_path / "patients.csv"
     table.write_text("name,patient\nscan_1,Anna\nscan_2,Anna\nscan_3,Otto\n", encoding="utf-8-sig")
     assert [case.patient_id for case in find_cases(tmp_path)] == ["Anna", "Anna"]
+    table.write_text("Patient; Name\nAnna ; scan_1\nanna;scan_2\n")  # of a spreadsheet, by hand
+    assert [case.patient_id for case in find_cases(tmp_path)] == ["Anna", "Anna"]
+    table.write_text("name,patient\nscan_1,Anna\nscan_2,Otto\nscan_1,Otto\n")
+    assert code_of(tmp_path) == "patients-invalid"
     table.write_text("name,patient\nscan_1,Anna\n")
     assert code_of(tmp_path) == "patients-incomplete"
     for text in ("", "name,who\nscan_1,Anna\n", "name,patient\nscan_1,\nscan_2,Otto\n"):
