@@ -96,13 +96,18 @@ def open_run(
 
 
 def check_fit(manifest: Manifest, recipe: Recipe, kind: Kind) -> None:
-    """Raises DataError("too-few-patches", "no-validation") or ConfigError("patch-shape") where a data set
-    and a recipe cannot train together."""
+    """Raises DataError("too-few-patches", "no-nodules", "no-validation") or ConfigError("patch-shape") where
+    a data set and a recipe cannot train together."""
     steps_per_pass(manifest.rows("train"), recipe.train.global_batch)
-    if not manifest.rows("val") and (kind == "tune" or recipe.train.publish == "best"):
-        remedy = "prepare data of more patients, or with data.split.val above 0"
+    if not any(manifest.positives("train")):
+        remedy = "prepare scans whose masks hold nodules (see data.pairs.label), or another split"
+        raise DataError("no-nodules", data=manifest.name, split="train", remedy=remedy)
+    # Without a nodule silence scores 1: the first epoch that finds nothing would be the best for ever.
+    if not any(manifest.positives("val")) and (kind == "tune" or recipe.train.publish == "best"):
+        found = "no nodule among its patches" if manifest.rows("val") else "no patches"
+        remedy = "prepare data of more patients, with data.split.val above 0 or another data.split.seed"
         remedy += "" if kind == "tune" else ", or publish the last epoch with train.publish=last"
-        raise DataError("no-validation", data=manifest.name, remedy=remedy)
+        raise DataError("no-validation", data=manifest.name, split="val", message=found, remedy=remedy)
     patch, stride = manifest.patch_shape_zyx, recipe.model.total_stride
     sides = recipe.augment.crop_zyx or patch
     if any(side % stride for side in (*sides, *patch)):

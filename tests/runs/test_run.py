@@ -179,6 +179,25 @@ def test_oblong_slices_cannot_be_turned_and_no_validation_is_no_best(tmp_path: P
         open_run(store, "search", blind, recipe("train.publish=last"), "fresh", "tune")
 
 
+def test_what_holds_no_nodule_is_neither_trained_on_nor_chooses_the_best_epoch(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    manifest = write_balls(store, train=6, val=3)
+    silent = {
+        split: tuple(replace(s, batches=tuple(replace(b, positives=0) for b in s.batches)) for s in shards)
+        for split, shards in manifest.shards.items()
+    }
+    val = replace(manifest, shards={**manifest.shards, "val": silent["val"]})
+    with pytest.raises(DataError, match="no-validation: no nodule") as caught:
+        open_run(store, "r", val, recipe(), "fresh")
+    assert "train.publish=last" in caught.value.remedy
+    open_run(store, "r", val, recipe("train.publish=last"), "fresh")
+    with pytest.raises(DataError, match="no-validation"):
+        open_run(store, "search", val, recipe("train.publish=last"), "fresh", "tune")
+    train = replace(manifest, shards={**manifest.shards, "train": silent["train"]})
+    with pytest.raises(DataError, match="no-nodules"):
+        open_run(store, "s", train, recipe("train.publish=last"), "fresh")
+
+
 def test_a_missing_run_is_told_with_those_that_exist(store: Store, manifest: Manifest) -> None:
     with pytest.raises(RunError, match="run-missing") as caught:
         load_run(store, "r")
