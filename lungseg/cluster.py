@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from lungseg.errors import ConfigError
-from lungseg.telemetry import log, relay
+from lungseg.telemetry import log, relay, waiting
 
 # Read when Ray is imported. Under `uv run`, Ray would ship the working folder and build a second
 # virtual environment for its workers; ours have the same one already.
@@ -40,7 +40,8 @@ def connect() -> Any:
     address = os.environ.get("RAY_ADDRESS")
     if address:
         try:
-            ray.init(logging_level=logging.WARNING, log_to_driver=True)
+            with waiting("waiting for Ray", 5):
+                ray.init(logging_level=logging.WARNING, log_to_driver=True)
         except (ConnectionError, TimeoutError) as error:
             remedy = "start that Ray cluster, or unset RAY_ADDRESS to use this machine"
             raise ConfigError("cluster-unreachable", RAY_ADDRESS=address, remedy=remedy) from error
@@ -53,7 +54,8 @@ def connect() -> Any:
     worker_lines.callback(relay(path))
     os.environ["LUNGSEG_LOG_FILE"] = path
     try:
-        _start_local(ray)
+        with waiting("starting Ray", 10):
+            _start_local(ray)
     finally:
         del os.environ["LUNGSEG_LOG_FILE"]
     return ray

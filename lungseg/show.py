@@ -12,6 +12,13 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
+def duration(seconds: float) -> str:
+    """To two figures or so: nobody plans by the second what takes hours."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"
+
+
 def told(val_dice: float) -> str:
     """A checkpoint's validation Dice."""
     return f"val Dice {val_dice:.4f}" if val_dice >= 0 else "not validated"

@@ -8,16 +8,20 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import cache
+from typing import Any, TextIO
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from lungseg.errors import LungsegError
+from lungseg.show import duration
 
 WORKER_METRICS = CollectorRegistry()
 """What each process of a run counts for itself; on export it is labelled by run, trial and rank."""
@@ -92,16 +96,31 @@ def count_checkpoint(seconds: float, size_bytes: int) -> None:
 
 def log(name: str) -> logging.Logger:
     """A logger below "lungseg" that writes one line to standard error, or to the file LUNGSEG_LOG_FILE
-    through which the workers of a local cluster speak to their driver."""
+    through which the workers of a local cluster speak to their driver. LUNGSEG_LOG_LEVEL, which `-v` and
+    `-q` set, holds for the workers too."""
     root = logging.getLogger("lungseg")
     if not root.handlers:
         path = os.environ.get("LUNGSEG_LOG_FILE")
-        handler = logging.FileHandler(path) if path else logging.StreamHandler(sys.stderr)
+        handler = logging.FileHandler(path, encoding="utf-8") if path else logging.StreamHandler(sys.stderr)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S"))
         root.addHandler(handler)
-        root.setLevel(logging.INFO)
+        root.setLevel(os.environ.get("LUNGSEG_LOG_LEVEL") or logging.INFO)
         root.propagate = False
     return root.getChild(name.removeprefix("lungseg."))
+
+
+def talks() -> bool:
+    """Whether people want to read of progress, and not of warnings and results alone (`-q`)."""
+    return log("wait").isEnabledFor(logging.INFO)
+
+
+def log_wait(title: str, about_seconds: float) -> None:
+    """A log line for a wait that ends with the next line, whoever of the workers writes it; `relay` shows
+    a bar meanwhile."""
+    log("wait").info("%s, about %.0f s", title, about_seconds)
+
+
+_WAIT = re.compile(r"\S+ INFO lungseg\.wait: (?P<title>.+), about (?P<seconds>\d+) s\n")
 
 
 def relay(path: str) -> Callable[[], None]:
@@ -112,11 +131,17 @@ def relay(path: str) -> Callable[[], None]:
     ended = threading.Event()
 
     def follow() -> None:
-        with open(path, encoding="utf-8", errors="replace") as file:
+        with open(path, encoding="utf-8", errors="replace") as file, ExitStack() as bar:
             last = False
             while not last:
                 last = ended.wait(0.2)  # asked before reading, so that nothing written till then is lost
-                sys.stderr.write(file.read())
+                for line in file.readlines():
+                    bar.close()
+                    wait = _WAIT.fullmatch(line) if sys.stderr.isatty() else None
+                    if wait:
+                        bar.enter_context(_expected(wait["title"], int(wait["seconds"]), sys.stderr))
+                    else:
+                        sys.stderr.write(line)
                 sys.stderr.flush()
 
     thread = threading.Thread(target=follow, name="lungseg-log-relay", daemon=True)
@@ -139,12 +164,12 @@ def quiet_tensorflow() -> Iterator[None]:
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     sys.stderr.flush()
-    terminal = os.dup(2)
-    with tempfile.TemporaryFile() as notices:
+    with open(os.dup(2), "w", encoding="utf-8") as terminal, tempfile.TemporaryFile() as notices:
         os.dup2(notices.fileno(), 2)
         shown = b""
         try:
-            yield
+            with waiting("importing TensorFlow", 10, terminal):
+                yield
         except LungsegError:
             raise
         except Exception:
@@ -153,9 +178,29 @@ def quiet_tensorflow() -> Iterator[None]:
             shown = notices.read()
             raise
         finally:
-            os.dup2(terminal, 2)
-            os.close(terminal)
+            os.dup2(terminal.fileno(), 2)
             os.write(2, shown)
+
+
+@contextmanager
+def waiting(title: str, about_seconds: float, stream: TextIO | None = None) -> Iterator[None]:
+    """For a wait in which nothing can be counted: a bar that fills as experience has it on a terminal, else
+    one line, which is written only when the wait has lasted two seconds."""
+    stream = stream or sys.stderr
+    if not talks():
+        yield
+    elif stream.isatty():
+        with _expected(title, about_seconds, stream):
+            yield
+    else:
+        line = f"{title}, about {about_seconds:.0f} s"
+        timer = threading.Timer(2.0, print, (line,), {"file": stream, "flush": True})
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+            timer.join()
 
 
 @contextmanager
@@ -164,24 +209,22 @@ def progress(title: str) -> Iterator[Progress]:
 
     Yields `report(done, total)`.
     """
-    if sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
-        from rich.progress import Progress as Bar
+    if not talks():
+        yield lambda done, total: None
+    elif sys.stderr.isatty():
+        from rich import progress as rich
 
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-        with Bar(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+        columns = (rich.TextColumn("{task.description}"), rich.BarColumn(), rich.MofNCompleteColumn())
+        times = (rich.TimeElapsedColumn(), rich.TimeRemainingColumn())
+        with rich.Progress(*columns, *times, console=_screen()) as bar:
             task = bar.add_task(title, total=None)
             yield lambda done, total: bar.update(task, completed=done, total=total)
-        return
-    began = time.monotonic()
-    last = began
+    else:
+        yield _lines(title)
+
+
+def _lines(title: str) -> Progress:
+    last = began = time.monotonic()
 
     def report(done: int, total: int) -> None:
         nonlocal last
@@ -189,11 +232,35 @@ def progress(title: str) -> Iterator[Progress]:
         if not done or (done < total and now - last < 5):
             return
         last = now
-        left = (now - began) / max(done, 1) * (total - done)
-        print(
-            f"{title}: {done}/{total}, {now - began:.0f} s, about {left:.0f} s left",
-            file=sys.stderr,
-            flush=True,
-        )
+        left = (now - began) / done * (total - done)
+        spent = f"{title}: {done}/{total}, {duration(now - began)}, about {duration(left)} left"
+        print(spent, file=sys.stderr, flush=True)
 
-    yield report
+    return report
+
+
+@cache
+def _screen() -> Any:
+    """The one console of all bars, so that one may stand above another."""
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+@contextmanager
+def _expected(title: str, about_seconds: float, stream: TextIO) -> Iterator[None]:
+    """A bar that time fills, and that goes when the wait is over."""
+    from rich import progress as rich
+    from rich.console import Console
+    from rich.progress_bar import ProgressBar
+
+    class Clock(rich.BarColumn):
+        def render(self, task: rich.Task) -> ProgressBar:
+            spent = task.elapsed or 0.0
+            return ProgressBar(about_seconds, spent, self.bar_width, pulse=spent > about_seconds)
+
+    columns = (rich.TextColumn("{task.description}"), Clock(), rich.TimeElapsedColumn())
+    console = _screen() if stream is sys.stderr else Console(file=stream)
+    with rich.Progress(*columns, console=console, transient=True) as bar:
+        bar.add_task(f"{title}, about {about_seconds:.0f} s")
+        yield

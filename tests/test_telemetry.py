@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -93,3 +95,77 @@ def test_progress_without_a_terminal_is_lines_on_standard_error(capsys: pytest.C
     shown = capsys.readouterr()
     assert shown.out == ""
     assert shown.err == "scans: 4/4, 0 s, about 0 s left\n"
+
+
+def on_a_terminal(code: str, **environment: str) -> str:
+    """What a terminal shows of a program's standard error, without colours and cursor movements."""
+    master, slave = os.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stderr=slave, env={**os.environ, "TERM": "xterm", **environment}
+    ):
+        os.close(slave)
+        shown = b""
+        with suppress(OSError):  # which Linux raises when nobody holds the other end any more
+            while piece := os.read(master, 1 << 16):
+                shown += piece
+    os.close(master)
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
+
+
+WAITS = "import time; from lungseg.telemetry import waiting\nwith waiting('starting Ray', 9): time.sleep({})"
+
+
+def test_a_wait_is_one_line_in_a_log_and_none_if_it_is_short() -> None:
+    assert run(WAITS.format(2.5)).stderr == "starting Ray, about 9 s\n"
+    assert run(WAITS.format(0.1)).stderr == ""
+
+
+def test_a_wait_is_a_bar_on_a_terminal() -> None:
+    shown = on_a_terminal(WAITS.format(1.2))
+    assert re.search(r"starting Ray, about 9 s ━+╸?━* 0:00:01", shown.replace("╺", ""))
+
+
+def test_an_import_is_waited_for_where_its_own_notices_do_not_go() -> None:
+    code = "import os; from lungseg.telemetry import quiet_tensorflow as q\nwith q(): os.write(2, b'I000')"
+    shown = on_a_terminal(code)
+    assert "importing TensorFlow, about 10 s" in shown
+    assert "I000" not in shown
+
+
+WORKER = """
+import os, sys, time
+from lungseg import telemetry
+path = os.environ["LUNGSEG_LOG_FILE"]
+open(path, "w").close()
+end = telemetry.relay(path)
+telemetry.log("train").info("3 workers")
+telemetry.log_wait("building the graph", 15)
+time.sleep(0.6)
+telemetry.log("train").info("epoch 1")
+end()
+"""
+
+
+def test_a_workers_wait_is_a_bar_until_its_next_line(tmp_path: Path) -> None:
+    log_file = str(tmp_path / "log")
+    shown = on_a_terminal(WORKER, LUNGSEG_LOG_FILE=log_file)
+    assert re.search(
+        r"train: 3 workers\s+building the graph, about 15 s ━.*\s+\S+ INFO .*: epoch 1", shown, re.S
+    )
+    lines = run(WORKER, LUNGSEG_LOG_FILE=log_file).stderr.splitlines()
+    said = [line.partition(": ")[2] for line in lines]
+    assert said == ["3 workers", "building the graph, about 15 s", "epoch 1"]
+
+
+def test_whoever_asks_for_quiet_hears_of_warnings_only() -> None:
+    code = f"""{WAITS.format(2.2)}
+from lungseg.telemetry import log, log_wait, progress
+with progress("scans") as report: report(1, 1)
+log_wait("building the graph", 15)
+log("train").info("epoch 1")
+log("train").warning("a worker failed")
+"""
+    done = run(code, LUNGSEG_LOG_LEVEL="WARNING")
+    assert done.stderr.count("\n") == 1
+    assert "a worker failed" in done.stderr
+    assert "a worker failed" in on_a_terminal(code, LUNGSEG_LOG_LEVEL="WARNING")

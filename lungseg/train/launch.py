@@ -23,7 +23,7 @@ from lungseg.exporter import Source, count_restart, pushing, start_exporter
 from lungseg.runs.checkpoint import Checkpoints
 from lungseg.runs.run import Mode, load_run, open_run, refuse_taken, run_exists, run_root
 from lungseg.storage import Store
-from lungseg.telemetry import GROUP_METRICS, WORKER_METRICS, log
+from lungseg.telemetry import GROUP_METRICS, WORKER_METRICS, log, log_wait
 from lungseg.train.notice import heed_sigterm, was_asked
 
 _LEFT = "worker-asked-to-leave"
@@ -112,6 +112,7 @@ def fit(
             ),
         )
         try:
+            log_wait("starting the workers", 10)
             with _interruptible():
                 trainer.fit()
         except Exception as error:
@@ -241,11 +242,13 @@ def _worker(config: dict[str, Any]) -> None:
     import ray.train
     from ray.train.collective import broadcast_from_rank_zero
 
+    context = ray.train.get_context()
+    if context.get_world_rank() == 0:
+        log_wait("importing TensorFlow", 10)
     from lungseg.config import parse_recipe
     from lungseg.train.job import Job, Session
     from lungseg.train.loop import run_worker
 
-    context = ray.train.get_context()
     group = ray.get_runtime_context().get_placement_group_id()  # of all workers; tuning frees it
     store, root, attempt, manifest, tree, init = config["job"]
     recipe, rank = parse_recipe(tree), context.get_world_rank()

@@ -22,9 +22,10 @@ from lungseg.model.precision import set_precision
 from lungseg.runs.checkpoint import Checkpoint, Checkpoints, TrainState
 from lungseg.runs.lease import claim
 from lungseg.runs.run import run_root
+from lungseg.show import duration
 from lungseg.stream.order import steps_per_pass
 from lungseg.stream.patch_stream import Batch, PatchStream
-from lungseg.telemetry import count_step, log, show_step
+from lungseg.telemetry import count_step, log, log_wait, show_step
 from lungseg.train.job import Job, Session
 from lungseg.train.notice import heed_sigterm_again
 from lungseg.train.record import Recorder, diverged
@@ -80,6 +81,7 @@ def run_worker(job: Job, session: Session) -> None:
                 session.world_size, strategy.num_replicas_in_sync, precision,
                 stepper.model.count_params(), steps, state.epoch, state.step,
             )  # fmt: skip
+            log_wait("building the graph", 15)
         if recorder and found:
             recorder.resumed(found)
         began = time.monotonic() - state.seconds
@@ -180,13 +182,22 @@ def _epoch(worker: _Worker, stream: PatchStream, feed: _Feed, state: TrainState)
             if worker.recorder:
                 pace = (time.monotonic() - began) / len(losses)
                 _log.info(
-                    "epoch %d, step %d/%d: loss %.4f, %.2f s a step",
-                    state.epoch + 1, number, steps, recent, pace,
+                    "epoch %d, step %d/%d: loss %.4f, %.2f s a step, about %s left",
+                    state.epoch + 1, number, steps, recent, pace, _left(worker, state, number, pace),
                 )  # fmt: skip
         count_step(time.monotonic() - start, stream.waited_seconds - had_waited, patches)
         if _asked_to_leave(worker, synced):
             _leave(worker, so_far())
     return so_far()
+
+
+def _left(worker: _Worker, state: TrainState, number: int, seconds_per_step: float) -> str:
+    """How long the run will still take, validation aside, if it does not stop early."""
+    config = worker.job.recipe.train
+    epochs = max(state.last_epoch(config) - state.epoch, 1)
+    left = (epochs * worker.steps_per_epoch - number) * seconds_per_step
+    allowed = math.inf if config.max_minutes is None else config.max_minutes * 60 - worker.seconds()
+    return duration(max(0.0, min(left, allowed)))
 
 
 def _asked_to_leave(worker: _Worker, synced: bool) -> bool:
