@@ -1,17 +1,18 @@
-"""One real S3 server and one local Ray for the whole session."""
+"""One real S3 server and one local Ray for each process of the suite that asks for them."""
 
 from __future__ import annotations
 
 import os
 import secrets
 import socket
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers.scraping import Endpoint
 from helpers.servers import BUCKET, REAL_DATA, S3Server, free_ports, s3_client
+from helpers.turns import group, in_turn, its_turn
 from hypothesis import settings
 
 # In CI the same examples each time: a rare one must be found at a desk, not block what it has no part in.
@@ -20,6 +21,25 @@ settings.register_profile("ci", derandomize=True, deadline=None)
 os.environ["LUNGSEG_CASE_KEY"] = "the key of the tests, no secret"
 if os.environ.get("CI"):
     settings.load_profile("ci")
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """One file runs in this process; more are spread, though not so far that each imports TensorFlow anew."""
+    one_file = len(config.args) == 1 and ".py" in config.args[0]
+    return 0 if one_file else min(os.cpu_count() or 1, 4)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items[:] = in_turn(items)
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(group(item)))
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    with its_turn(item):
+        return (yield)
 
 
 @pytest.fixture(scope="session")
