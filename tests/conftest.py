@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import signal
 import socket
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -21,6 +22,8 @@ settings.register_profile("ci", derandomize=True, deadline=None)
 os.environ["LUNGSEG_CASE_KEY"] = "the key of the tests, no secret"
 if os.environ.get("CI"):
     settings.load_profile("ci")
+# A shell lets what it starts in the background ignore Ctrl-C, and so would the commands that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
