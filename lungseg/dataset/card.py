@@ -43,13 +43,20 @@ def write_card(store: Store, manifest: Manifest) -> None:
 
 
 def describe(manifest: Manifest) -> str:
-    """A line for each split: its scans, nodules and patches."""
+    """A line for each split: its scans, patients, nodules and patches; and for each doubt about them."""
     lines = []
     for split, counts in manifest.counts.items():
         of_each = ", ".join(f"{counts[one]} {one}" for one in STRATA if one in counts)
-        totals = ", ".join(f"{counts[one]} {one}" for one in ("scans", "nodules", "patches"))
+        totals = ", ".join(f"{counts[one]} {one}" for one in ("scans", "patients", "nodules", "patches"))
         lines.append(f"{split:>5}: {totals}{f' ({of_each})' if of_each else ''}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"warning: {one}" for one in doubts(manifest))])
+
+
+def doubts(manifest: Manifest) -> list[str]:
+    """What makes a split useless although it has scans."""
+    use = {"train": "nothing can be learnt from it", "val": "it cannot choose the best epoch"}
+    silent = {s for s, counts in manifest.counts.items() if counts["scans"] and not counts["nodules"]}
+    return [f"{split} holds no nodule: {why}" for split, why in use.items() if split in silent]
 
 
 def summarize(manifest: Manifest) -> dict[str, Any]:
@@ -61,6 +68,8 @@ def summarize(manifest: Manifest) -> dict[str, Any]:
         "manifest_sha256": manifest.sha256,
         "settings": manifest.config,
         "splits": manifest.counts,
+        "patients_by": manifest.patients_by,
+        "doubts": doubts(manifest),
         "excluded": {
             "codes": dict(Counter(one.code for one in manifest.excluded).most_common()),
             "scans": [asdict(one) for one in manifest.excluded],

@@ -69,14 +69,18 @@ class ScanFacts:
 
 class Case(Protocol):
     """A picklable handle. `case_id` names the scan wherever anything is written; it is a keyed hash, or
-    public. `patient_id` only decides the split and is never written anywhere. `stamp` changes when the
-    scan's files do: what was kept of it is then not used."""
+    public. `patient_id` only decides the split and is never written anywhere; `patients_by` says for people
+    how patients were told apart, the same for all cases of a source. `stamp` changes when the scan's files
+    do: what was kept of it is then not used."""
 
     @property
     def case_id(self) -> str: ...
 
     @property
     def patient_id(self) -> str: ...
+
+    @property
+    def patients_by(self) -> str: ...
 
     def stamp(self) -> str: ...
 

@@ -15,7 +15,8 @@ from lungseg.storage import Store, to_json
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a data set consists of; `sha256` is that of the manifest's own bytes in the store."""
+    """What a data set consists of; `patients_by` says how patients were told apart, `sha256` is that of the
+    manifest's own bytes in the store."""
 
     name: str
     fingerprint: str
@@ -28,6 +29,7 @@ class Manifest:
     excluded: tuple[Exclusion, ...]
     batches_per_get: int = 1
     scans: dict[str, ScanFacts] = field(default_factory=dict)
+    patients_by: str = ""
     sha256: str = ""
 
     def to_bytes(self) -> bytes:

@@ -27,7 +27,7 @@ from lungseg.dataset.cutting import Prepared, digest, fingerprint, prepare_scan
 from lungseg.dataset.manifest import Manifest, load_manifest, manifest_key
 from lungseg.dataset.shards import POSITIVE, Extent, Patch, Shard
 from lungseg.dataset.shuffle import permutation
-from lungseg.dataset.splits import SPLITS, assign_splits, read_table
+from lungseg.dataset.splits import SPLITS, assign_splits, describe_split, read_table
 from lungseg.errors import DataError, GeometryError, LungsegError
 from lungseg.storage import Store
 from lungseg.telemetry import Progress, log
@@ -56,7 +56,9 @@ def prepare(
     if not cases:
         raise DataError("cases-none", data=name, remedy="give a folder with scans that are not all excluded")
     table = read_table(config.split.file) if config.split.file else None
-    split_of = assign_splits([(case.case_id, case.patient_id) for case in cases], config.split, table)
+    people = [(case.case_id, case.patient_id) for case in cases]
+    split_of = assign_splits(people, config.split, table)
+    log("data").info(describe_split(people, split_of, cases[0].patients_by))
     wanted = fingerprint({"config": config.model_dump(mode="json"), "splits": split_of})
     key = manifest_key(name)
     if not store.exists(key):
@@ -65,7 +67,7 @@ def prepare(
             if broken and not (skip_broken and done):
                 raise _refused(broken, len(cases))
             left_out = [*excluded, *(_exclusion(case_id, error) for case_id, error in broken.items())]
-            built = _build(store, name, done, split_of, config, left_out, wanted)
+            built = _build(store, name, cases, done, split_of, config, left_out, wanted)
             store.put_if_absent(key, built.to_bytes())
         except LungsegError:
             if not store.exists(key):  # else another job was first, and swept away what it does not name
@@ -88,12 +90,14 @@ def prepare(
 def _build(
     store: Store,
     name: str,
+    cases: Sequence[Case],
     done: Sequence[Prepared],
     split_of: dict[str, str],
     config: DataConfig,
     excluded: Sequence[Exclusion],
     wanted: str,
 ) -> Manifest:
+    patient_of = {case.case_id: case.patient_id for case in cases}
     return Manifest(
         name=name,
         fingerprint=wanted,
@@ -105,10 +109,14 @@ def _build(
             for split in SPLITS[1:]
         },
         cases={split: tuple(d.case_id for d in done if split_of[d.case_id] == split) for split in SPLITS},
-        counts={split: _counts(split, [d for d in done if split_of[d.case_id] == split]) for split in SPLITS},
+        counts={
+            split: _counts(split, [d for d in done if split_of[d.case_id] == split], patient_of)
+            for split in SPLITS
+        },
         excluded=tuple(excluded),
         batches_per_get=config.shard.batches_per_get,
         scans={d.case_id: d.cut.facts for d in done},
+        patients_by=cases[0].patients_by,
     )
 
 
@@ -277,7 +285,8 @@ def _shard_task(
     return shard
 
 
-def _counts(split: str, done: Sequence[Prepared]) -> dict[str, int]:
+def _counts(split: str, done: Sequence[Prepared], patient_of: dict[str, str]) -> dict[str, int]:
     strata = Counter(stratum for d in done for stratum in d.cut.strata if split != "test")
     nodules = sum(len(d.cut.facts.nodules) for d in done)
-    return {"scans": len(done), "nodules": nodules, "patches": strata.total(), **strata}
+    patients = len({patient_of[d.case_id] for d in done})
+    return {"scans": len(done), "patients": patients, "nodules": nodules, "patches": strata.total(), **strata}

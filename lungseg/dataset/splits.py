@@ -38,6 +38,15 @@ def assign_splits(
     return {case: chosen[patient] for case, patient in cases}
 
 
+def describe_split(cases: Sequence[tuple[str, str]], split_of: Mapping[str, str], patients_by: str) -> str:
+    """Who is held to be who, and where: for people, before a scan is read. A mistake costs the data set."""
+    split_of_patient = {patient: split_of[case] for case, patient in cases}
+    count = Counter(split_of_patient.values())
+    where = ", ".join(f"{count[split]} {split}" for split in SPLITS)
+    patients = f"{len(split_of_patient)} patient{'s' * (len(split_of_patient) != 1)}"
+    return f"{len(cases)} scans of {patients} ({where}), {patients_by}"
+
+
 def own_split(patient: str, config: SplitConfig) -> str:
     """The split of a patient, whoever else there is."""
     number = _number(patient, config)

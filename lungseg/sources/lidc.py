@@ -12,7 +12,7 @@ import string
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pydicom
@@ -43,6 +43,7 @@ class LidcCase:
     patient_id: str
     scan_id: int
     config: LidcConfig
+    patients_by: ClassVar[str] = "by published id"
 
     def stamp(self) -> str:
         return stamp_of(path for path in self.folder.iterdir() if path.is_file())

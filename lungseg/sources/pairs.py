@@ -31,6 +31,8 @@ from lungseg.scan.volume import Geometry, bounding_box, read_geometry, read_imag
 from lungseg.sources.layouts import read_layout
 
 SAME_PLACE_MM = 0.01
+BY_NAME = "by name; patients.csv changes it"
+BY_TABLE = "by patients.csv"
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class PairCase:
     mask: Path
     case_id: str
     patient_id: str
+    patients_by: str
     labels: Labels
 
     def stamp(self) -> str:
@@ -89,8 +92,8 @@ def find_cases(folder: Path, config: PairsConfig, check: bool = True) -> list[Pa
             raise DataError(
                 "patients-incomplete", case=stem, remedy="add a row for each case to patients.csv"
             )
-        patient = patients.get(stem) or patient_of(stem)
-        cases.append(PairCase(image, mask, case_id(stem, key), patient, labels))
+        patient, by = (patients[stem], BY_TABLE) if patients else (patient_of(stem), BY_NAME)
+        cases.append(PairCase(image, mask, case_id(stem, key), patient, by, labels))
     return cases
 
 

@@ -47,6 +47,7 @@ def test_broken_scans_are_listed_and_left_out_on_demand_only(
     with pytest.raises(DataError, match=r"scans-broken.*2 of 8.*--skip-broken") as caught:
         prepare(store, "d", cases, CONFIG, quiet, [thick])
     assert "1 grid-mismatch" in str(caught.value)
+    assert "8 scans of 4 patients (2 train, 1 val, 1 test), by patients.csv" in caplog.messages
     assert all(any(case.case_id in line for line in caplog.messages) for case in broken)
     assert not store.exists("data/d/manifest.json")
 

@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,16 @@ import pytest
 from helpers.painted import AXIAL, CONFIG, ball, quiet, write_pairs
 from PIL import Image
 
-from lungseg.dataset.card import by_size, histogram, picture, reader_agreement, write_card
+from lungseg.dataset.card import (
+    by_size,
+    describe,
+    histogram,
+    picture,
+    reader_agreement,
+    render,
+    summarize,
+    write_card,
+)
 from lungseg.dataset.case import Exclusion, Nodule
 from lungseg.dataset.manifest import Manifest
 from lungseg.dataset.prepare import prepare
@@ -83,11 +93,29 @@ def test_the_card_says_what_is_in_the_data_set_and_what_was_left_out(carded: tup
     card = json.loads(store.get("data/d/card.json"))
     assert card["manifest_sha256"] == manifest.sha256
     assert card["splits"] == manifest.counts
+    assert sum(counts["patients"] for counts in card["splits"].values()) == 4
+    assert (card["patients_by"], card["doubts"]) == ("by patients.csv", [])
     assert card["excluded"]["codes"] == {"slices-thick": 1}
     assert card["slice_distance_mm"] == [{"from": 2.0, "to": 2.25, "count": 8}]
     assert card["pixel_mm"] == [{"from": 1.0, "to": 1.1, "count": 8}]
     counted = {split: sum(sizes.values()) for split, sizes in card["nodules_by_size"].items()}
     assert counted == {split: counts["nodules"] for split, counts in manifest.counts.items()}
+
+
+def test_a_split_without_a_nodule_is_doubted_on_the_terminal_and_on_the_page(
+    carded: tuple[Store, Manifest],
+) -> None:
+    manifest = carded[1]
+    assert "warning" not in describe(manifest)
+    silent = {s: counts | {"nodules": 0} for s, counts in manifest.counts.items()}
+    silent["test"] = silent["test"] | {"scans": 0}
+    found = replace(manifest, counts=silent)
+    lines = describe(found).splitlines()[-2:]
+    assert lines[0] == "warning: train holds no nodule: nothing can be learnt from it"
+    assert lines[1] == "warning: val holds no nodule: it cannot choose the best epoch"
+    page = render(summarize(found), [])
+    assert "val holds no nodule" in page
+    assert "Patients were told apart by patients.csv." in page
 
 
 def test_a_card_is_written_again_only_for_another_manifest(carded: tuple[Store, Manifest]) -> None:

@@ -104,6 +104,7 @@ def test_every_patch_is_in_the_shards_once_with_its_case_and_its_count(
         assert Counter(map(digest, found)) == Counter(map(digest, wanted))
         strata = Counter(patch.stratum for patch in wanted)
         counts = {"scans": len(manifest.cases[split]), "patches": len(found), **strata}
+        counts["patients"] = len({c.patient_id for c in cases if c.case_id in manifest.cases[split]})
         assert manifest.counts[split] == counts | {"nodules": strata["nodule"] // 4}
         assert all((patch.mask == 1).any() for patch in found if patch.stratum == "nodule")
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lungseg.config import SplitConfig, parse_recipe
-from lungseg.dataset.splits import assign_splits, own_split, read_table
+from lungseg.dataset.splits import assign_splits, describe_split, own_split, read_table
 from lungseg.errors import ConfigError, DataError
 from lungseg.sources import pylidc_compat
 
@@ -177,6 +177,15 @@ def test_a_file_that_does_not_say_it_once_is_refused(tmp_path: Path, name: str, 
         (tmp_path / name).write_text(text)
     with pytest.raises(DataError, match=r"split-invalid.*Remedy"):
         read_table(tmp_path / name)
+
+
+def test_who_is_held_to_be_who_is_told_in_a_line() -> None:
+    one = [(f"scan{n}", "LUNG1") for n in range(8)]
+    told = describe_split(one, assign_splits(one, SplitConfig()), "by name")
+    assert told == "8 scans of 1 patient (1 train, 0 val, 0 test), by name"
+    two = [("a", "P1"), ("b", "P1"), ("c", "P2")]
+    told = describe_split(two, {"a": "train", "b": "train", "c": "test"}, "by id")
+    assert told == "3 scans of 2 patients (1 train, 0 val, 1 test), by id"
 
 
 def test_the_files_path_is_written_nowhere() -> None:

@@ -97,9 +97,11 @@ def test_the_patient_of_a_name(stem, patient):
 def test_a_table_says_who_is_who(tmp_path):
     pair(tmp_path, "scan_1")
     pair(tmp_path, "scan_2")
+    assert {case.patients_by for case in find_cases(tmp_path)} == {"by name; patients.csv changes it"}
     table = tmp_path / "patients.csv"
     table.write_text("name,patient\nscan_1,Anna\nscan_2,Anna\nscan_3,Otto\n", encoding="utf-8-sig")
     assert [case.patient_id for case in find_cases(tmp_path)] == ["Anna", "Anna"]
+    assert {case.patients_by for case in find_cases(tmp_path)} == {"by patients.csv"}
     table.write_text("Patient; Name\nAnna ; scan_1\nanna;scan_2\n")  # of a spreadsheet, by hand
     assert [case.patient_id for case in find_cases(tmp_path)] == ["Anna", "Anna"]
     table.write_text("name,patient\nscan_1,Anna\nscan_2,Otto\nscan_1,Otto\n")
