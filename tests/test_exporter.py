@@ -137,6 +137,7 @@ def test_two_trials_and_two_ranks_share_a_port_and_a_killed_one_counts_on(
     assert endpoint.scrape()["lungseg_val_dice", "sweep", "b", "1"] == 0.5
 
 
+@pytest.mark.alone
 def test_a_killed_exporter_costs_who_pushes_nothing_and_serves_again(
     ray_cluster: Any, endpoint: Endpoint, worker: Any
 ) -> None:
@@ -151,6 +152,7 @@ def test_a_killed_exporter_costs_who_pushes_nothing_and_serves_again(
     assert endpoint.scrape()["lungseg_step_seconds_count", "survivor", "", "0"] == 2
 
 
+@pytest.mark.alone
 def test_leaving_waits_only_moments_for_an_exporter_that_is_gone_or_hangs(ray_cluster: Any) -> None:
     class Hanging:
         def push(self, *_: Any) -> None:

@@ -58,6 +58,7 @@ def listing(folder: Path) -> list[tuple[str, int]]:
     return sorted((str(path), path.stat().st_mtime_ns) for path in folder.rglob("*"))
 
 
+@pytest.mark.alone
 def test_help_is_quick_since_it_imports_nothing_heavy() -> None:
     code = (
         "import sys, lungseg.cli\n"

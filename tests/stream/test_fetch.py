@@ -84,6 +84,7 @@ def reads(late: tuple[S3Store, FaultProxy]) -> Iterator[Reads]:
     reads.stop()
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("fault", ["slow-first-byte", "stall"])
 def test_a_slow_read_gets_a_second_one_and_the_first_answer_counts(
     late: tuple[S3Store, FaultProxy], reads: Reads, fault: str
@@ -98,6 +99,7 @@ def test_a_slow_read_gets_a_second_one_and_the_first_answer_counts(
     assert not our_threads()
 
 
+@pytest.mark.alone
 def test_the_first_read_wins_where_the_second_one_is_slower_still(
     late: tuple[S3Store, FaultProxy], reads: Reads
 ) -> None:
@@ -142,6 +144,7 @@ def test_a_factor_of_zero_hedges_never_and_a_folder_neither(
         reads.stop()
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("fault", ["slow-first-byte", "stall", "503"])
 def test_stopping_cuts_off_reads_wherever_they_are(late: tuple[S3Store, FaultProxy], fault: str) -> None:
     """Before the first byte, in the middle of the body, and in the pause before another try."""
@@ -194,6 +197,7 @@ def data_set(uri: str, batches: int = 6) -> Manifest:
     return Manifest("d", "", {}, SHAPE, {"train": (shard,)}, {}, {}, {}, ())
 
 
+@pytest.mark.alone
 def test_every_metric_says_what_happened(
     late: tuple[S3Store, FaultProxy], s3_uri: str, tmp_path: Path
 ) -> None:

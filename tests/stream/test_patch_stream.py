@@ -168,6 +168,7 @@ def test_workers_that_do_not_divide_the_batch_are_refused(tmp_path: Path, traini
             PatchStream(store, filled(store), "train", CONFIG, training=training, **place)
 
 
+@pytest.mark.alone
 def test_an_exception_leaves_no_thread_and_waits_for_reads_under_way_only(tmp_path: Path) -> None:
     store = SlowStore(tmp_path)
     manifest = filled(store)

@@ -142,6 +142,7 @@ def test_a_storm_of_all_faults_leaves_the_order_as_it_is_at_every_rank(bad_netwo
     assert not bad_network.proxy.script["GET"]
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("fault", ["503", "reset", "truncate", "slow-first-byte", "stall", "flip"])
 def test_a_fault_that_stays_ends_in_an_error_that_names_object_and_offset(
     bad_network: Setting, fault: Fault
@@ -174,7 +175,7 @@ READER = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a test run in the background has not
 from lungseg.config import StreamConfig
-from lungseg.dataset.shards import load_manifest
+from lungseg.dataset.manifest import load_manifest
 from lungseg.stream.patch_stream import PatchStream
 from lungseg.storage import open_store
 store, config = open_store(sys.argv[1]), StreamConfig(threads=3, cache_dir=sys.argv[2])
@@ -184,6 +185,7 @@ with PatchStream(store, load_manifest(store, "d"), "train", config, global_batch
 """
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("fault", ["stall", "slow-first-byte", "503"])
 def test_ctrl_c_ends_a_process_at_once_whatever_its_reads_wait_for(
     bad_network: Setting, tmp_path: Path, fault: Fault
