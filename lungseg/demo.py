@@ -13,9 +13,10 @@ from typing import Any
 from lungseg.config import Recipe, parse_recipe
 from lungseg.dataset.manifest import Manifest
 from lungseg.dataset.prepare import prepare
+from lungseg.runs.best import Best
 from lungseg.sources import lidc
 from lungseg.sources.phantom.write import write_phantom
-from lungseg.storage import Store, open_store, to_json
+from lungseg.storage import Store, keys, open_store, to_json
 from lungseg.telemetry import progress, quiet_tensorflow
 from lungseg.train.launch import train
 
@@ -59,7 +60,7 @@ def run_demo(out: Path, store_uri: str) -> None:
         manifest = prepare(store, NAME, cases, recipe.data, report)
     with _stage("train", seconds):
         best = train(store, NAME, NAME, recipe, "resume")
-    scores = _score(store, manifest, out, best["checkpoint"], seconds)
+    scores = _score(store, manifest, out, best.checkpoint, seconds)
     _print_table(store, out, best, scores, seconds)
 
 
@@ -75,7 +76,7 @@ def _score(
     with _stage("evaluate", seconds):
         with quiet_tensorflow():
             from lungseg.evaluate.protocol import evaluate_split
-            from lungseg.runs.best import load_best
+            from lungseg.runs.export import load_best
 
             best = load_best(store, NAME)
         with progress("test scans evaluated") as report:
@@ -108,17 +109,17 @@ def _stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
 
 
 def _print_table(
-    store: Store, out: Path, best: dict[str, Any], scores: dict[str, Any], seconds: dict[str, float]
+    store: Store, out: Path, best: Best, scores: dict[str, Any], seconds: dict[str, float]
 ) -> None:
     print("\nDice on held-out synthetic scans   model   HU threshold")
     titles = {"dice": "whole scan", "crop_dice": "64 mm around a nodule", "per_nodule_dice": "per nodule"}
     for key, title in titles.items():
         print(f"  {title:<31} {_show(scores['model'][key])}   {_show(scores['baseline'][key])}")
-    print(f"  validation Dice on patches      {best['val_dice']:.3f}   (epoch {best['epoch']})")
+    print(f"  validation Dice on patches      {_show(best.val_dice)}   (epoch {best.epoch})")
     print("\nseconds: " + ", ".join(f"{name} {spent:.0f}" for name, spent in seconds.items()), end="")
     print(f"; together {sum(seconds.values()):.0f}")
-    print(f"best checkpoint: {store.uri}/runs/{NAME}/checkpoints/{scores['checkpoint']}")
-    print(f"model:           {store.uri}/runs/{NAME}/best/model.keras")
+    print(f"best checkpoint: {store.uri}/{keys.checkpoint(keys.run_root(NAME), scores['checkpoint'])}")
+    print(f"model:           {store.uri}/{keys.best_model(keys.run_root(NAME))}")
     print(f"mask:            {scores['mask']}")
     print(f"report:          {scores['report']}")
 

@@ -87,9 +87,9 @@ def _lidc() -> Finding:
 
 
 def _store(uri: str) -> Finding:
-    from lungseg.storage import open_store
+    from lungseg.storage import keys, open_store
 
-    key = f"doctor-{secrets.token_hex(4)}"
+    key = keys.doctor(secrets.token_hex(4))
     try:
         store = open_store(uri)
         store.check()

@@ -19,6 +19,6 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"
 
 
-def told(val_dice: float) -> str:
+def val_dice_text(val_dice: float | None) -> str:
     """A checkpoint's validation Dice."""
-    return f"val Dice {val_dice:.4f}" if val_dice >= 0 else "not validated"
+    return "not validated" if val_dice is None else f"val Dice {val_dice:.4f}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -134,6 +135,21 @@ def test_keras_is_never_reached_through_tensorflow_and_numpy_is_left_alone(file:
         name = f"{node.value.id}.{node.attr}"
         assert name not in ("tf.keras", "tf.losses", "tf.optimizers", "tf.metrics")
         assert not (node.value.id == "np" and isinstance(node.ctx, ast.Store)), f"sets {name}"
+
+
+KEYS = re.compile(
+    r"(^|/)(runs|data|scans|shards|volumes|checkpoints|claims|trials)/|(best|run|manifest)\.json"
+)
+
+
+@pytest.mark.parametrize("file", FILES, ids=module_of)
+def test_only_one_module_writes_keys_of_the_store(file: Path) -> None:
+    if module_of(file) == "lungseg.storage.keys":
+        return
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.JoinedStr):
+            text = "".join(str(part.value) for part in node.values if isinstance(part, ast.Constant))
+            assert not KEYS.search(text), f"{file}:{node.lineno}"
 
 
 @pytest.mark.parametrize("file", FILES, ids=module_of)

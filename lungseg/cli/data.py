@@ -93,14 +93,14 @@ def _prepare(
 ) -> None:
     from lungseg.dataset.card import describe
     from lungseg.dataset.prepare import prepare
-    from lungseg.storage import open_store
+    from lungseg.storage import keys, open_store
     from lungseg.telemetry import progress
 
     with progress("scans") as report:
         manifest = prepare(open_store(uri), name, cases, recipe.data, report, excluded, skip_broken)
     print(describe(manifest))
-    print(f"excluded: {len(manifest.excluded)} scans; manifest {manifest.sha256[:12]} in {uri}/data/{name}")
-    print(f"data card: {uri}/data/{name}/card.html")
+    print(f"excluded: {len(manifest.excluded)} scans; manifest {manifest.sha256[:12]}")
+    print(f"data card: {uri.rstrip('/')}/{keys.card(name, 'html')}")
     broken = [one for one in manifest.excluded if one.broken]
     if broken:
         listing = ", ".join(f"{one.case_id} ({one.code})" for one in broken)

@@ -36,7 +36,7 @@ def evaluate(
     manifest.held_out(split)  # a wrong split is told before TensorFlow takes its seconds
     with quiet_tensorflow():
         from lungseg.evaluate.protocol import evaluate_split
-        from lungseg.runs.best import load_best
+        from lungseg.runs.export import load_best
 
         best = load_best(opened, run)
     with progress("scans") as report:
@@ -67,7 +67,7 @@ def predict(
     load_run(opened, run)
     first = read_input(inputs[0])  # a wrong input is told before TensorFlow takes its seconds
     with quiet_tensorflow():
-        from lungseg.runs.best import load_best
+        from lungseg.runs.export import load_best
 
         best = load_best(opened, run)
     for number, (path, name) in enumerate(zip(inputs, names, strict=True)):

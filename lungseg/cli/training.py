@@ -18,7 +18,7 @@ from lungseg.cli.options import (
     read_recipe,
 )
 from lungseg.errors import ConfigError
-from lungseg.show import table, told
+from lungseg.show import table, val_dice_text
 
 if TYPE_CHECKING:
     from lungseg.runs.run import Mode
@@ -42,7 +42,7 @@ def train(
         raise ConfigError("flags-contradict", remedy="give --resume or --new, not both")
     mode: Mode = "resume" if resume else "new" if new else "fresh"
     best = run_training(open_store(store), data, run, read_recipe(recipe, overrides), mode)
-    print(f"published: {told(best['val_dice'])} after epoch {best['epoch']}, {best['checkpoint']}")
+    print(f"published: {val_dice_text(best.val_dice)} after epoch {best.epoch}, {best.checkpoint}")
     print(f"get it with: lungseg pull --store {store} --run {run} --out DIR")
 
 
@@ -78,8 +78,8 @@ def runs(store: StoreUri = STORE) -> None:
     opened.check()
     rows = []
     for run, best in list_runs(opened):
-        score = (told(best["val_dice"]).removeprefix("val Dice "), str(best["epoch"])) if best else ("-", "-")
-        rows.append((run.name, run.kind, run.data, *score, run.created))
+        dice = val_dice_text(best.val_dice).removeprefix("val Dice ") if best else "-"
+        rows.append((run.name, run.kind, run.data, dice, str(best.epoch) if best else "-", run.created))
     print(table(("run", "kind", "data", "val Dice", "epoch", "created"), rows))
 
 
@@ -90,4 +90,4 @@ def pull(run: RunName, out: Out, store: StoreUri = STORE) -> None:
     from lungseg.storage import open_store
 
     best = pull_best(open_store(store), run, out)
-    print(f"{out / 'model.keras'}: {told(best['val_dice'])}, epoch {best['epoch']}")
+    print(f"{out / 'model.keras'}: {val_dice_text(best.val_dice)}, epoch {best.epoch}")

@@ -23,7 +23,7 @@ from lungseg.dataset.manifest import Manifest
 from lungseg.dataset.patches import STRATA
 from lungseg.dataset.shards import POSITIVE, Extent, Patch, fetch, patches_of
 from lungseg.dataset.splits import SPLITS
-from lungseg.storage import Store, to_json
+from lungseg.storage import Store, keys, to_json
 
 SIZES_MM = (0.0, 6.0, 10.0, 20.0, math.inf)
 """Bounds of the size bins: the diameter of a ball of the nodule's volume."""
@@ -34,7 +34,7 @@ WINDOW_HU = (-1350.0, 150.0)
 
 def write_card(store: Store, manifest: Manifest) -> None:
     """card.html and then card.json beside the manifest, unless they are there."""
-    page, tree = (f"data/{manifest.name}/card.{kind}" for kind in ("html", "json"))
+    page, tree = (keys.card(manifest.name, kind) for kind in ("html", "json"))
     if store.exists(tree) and store.get_json(tree)["manifest_sha256"] == manifest.sha256:
         return
     card = summarize(manifest)

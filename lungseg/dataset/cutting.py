@@ -24,11 +24,10 @@ from lungseg.dataset.stored_scans import StoredVolume, VolumeEntry, copy_volume,
 from lungseg.scan.lungs import lung_mask
 from lungseg.scan.resample import resample, resample_mask
 from lungseg.scan.volume import AIR_HU, Volume, vector
-from lungseg.storage import Store, to_json
+from lungseg.storage import Store, keys, to_json
 
 WORK_FORMAT = 4
 """Of what is kept of a scan: that of another version is not read."""
-KEPT = "scans"
 T = TypeVar("T", "Cut", VolumeEntry)
 
 
@@ -70,13 +69,13 @@ def prepare_scan(store: Store, name: str, case: Case, split: str, config: DataCo
         found = cut_patches(case.case_id, scan, stored, ignore, config.patch)
         shard = None
         if found:
-            key, shape = f"{KEPT}/{stem}.arrow", config.patch.shape_zyx
+            key, shape = keys.kept_patches(stem), config.patch.shape_zyx
             shard = shards.write_shard(store, key, ([patch] for patch in found), shape, "planes-lz4")
         return Cut(tuple(patch.stratum for patch in found), shard, ScanFacts.of(scan))
 
     def volume() -> VolumeEntry:
-        key = f"data/{name}/volumes/{split}/{case.case_id}-{digest([settings, split])}.arrow"
-        note = f"{KEPT}/{stem}-volume.json"
+        key = keys.held_out(name, split, f"{case.case_id}-{digest([settings, split])}")
+        note = keys.kept_held_out(stem)
         earlier = VolumeEntry(**store.get_json(note)) if store.exists(note) else None
         copied = copy_volume(store, earlier, key) if earlier else None
         if copied:
@@ -85,10 +84,10 @@ def prepare_scan(store: Store, name: str, case: Case, split: str, config: DataCo
         store.put_json(note, asdict(written))
         return written
 
-    patches_of_it = _once(store, f"{KEPT}/{stem}.json", Cut.from_json, cut)
+    patches_of_it = _once(store, keys.kept(stem), Cut.from_json, cut)
     if split == "train":
         return Prepared(case.case_id, patches_of_it, None)
-    committed = f"data/{name}/work/{split}-{stem}.json"
+    committed = keys.data_work(name, f"{split}-{stem}")
     return Prepared(
         case.case_id, patches_of_it, _once(store, committed, lambda tree: VolumeEntry(**tree), volume)
     )

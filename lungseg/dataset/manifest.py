@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from lungseg.config import DataConfig
 from lungseg.dataset.case import Exclusion, ScanFacts
 from lungseg.dataset.shards import FORMAT, Extent, Shard
 from lungseg.dataset.stored_scans import VolumeEntry
 from lungseg.errors import DataError
-from lungseg.storage import Store, to_json
+from lungseg.storage import Store, keys, to_json
 
 
 @dataclass(frozen=True)
@@ -59,15 +61,11 @@ class Manifest:
         return self.volumes[split]
 
 
-def manifest_key(name: str) -> str:
-    return f"data/{name}/manifest.json"
-
-
 def load_manifest(store: Store, name: str) -> Manifest:
     """Raises DataError("data-missing" or "manifest-format")."""
-    key = manifest_key(name)
+    key = keys.data_manifest(name)
     if not store.exists(key):
-        done = [other for other in store.folders("data/") if store.exists(manifest_key(other))]
+        done = [other for other in store.folders(keys.DATA) if store.exists(keys.data_manifest(other))]
         remedy = f"run `lungseg prepare`; finished data sets here: {', '.join(done) or 'none'}"
         raise DataError("data-missing", store=store.uri, data=name, remedy=remedy)
     tree = store.get_json(key)
@@ -80,3 +78,12 @@ def load_manifest(store: Store, name: str) -> Manifest:
     tree["excluded"] = tuple(Exclusion(**row) for row in tree["excluded"])
     tree["scans"] = {case: ScanFacts.from_json(facts) for case, facts in tree["scans"].items()}
     return Manifest(**tree, sha256=hashlib.sha256(store.get(key)).hexdigest())
+
+
+def prepared_as(store: Store, name: str, sha256: str) -> DataConfig | None:
+    """Settings of the data set whose manifest has this digest, in any format; None if it is gone."""
+    key = keys.data_manifest(name)
+    data = store.get(key) if store.exists(key) else b""
+    if hashlib.sha256(data).hexdigest() != sha256:
+        return None
+    return DataConfig.model_validate(json.loads(data)["config"])

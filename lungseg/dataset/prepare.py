@@ -24,12 +24,12 @@ from lungseg.dataset import shards
 from lungseg.dataset.card import write_card
 from lungseg.dataset.case import Case, Exclusion
 from lungseg.dataset.cutting import Prepared, digest, fingerprint, prepare_scan
-from lungseg.dataset.manifest import Manifest, load_manifest, manifest_key
+from lungseg.dataset.manifest import Manifest, load_manifest
 from lungseg.dataset.shards import POSITIVE, Extent, Patch, Shard
 from lungseg.dataset.shuffle import permutation
 from lungseg.dataset.splits import SPLITS, assign_splits, describe_split, read_table
 from lungseg.errors import DataError, GeometryError, LungsegError
-from lungseg.storage import Store
+from lungseg.storage import Store, keys
 from lungseg.telemetry import Progress, log
 
 SCAN_BYTES = 1536 << 20
@@ -60,7 +60,7 @@ def prepare(
     split_of = assign_splits(people, config.split, table)
     log("data").info(describe_split(people, split_of, cases[0].patients_by))
     wanted = fingerprint({"config": config.model_dump(mode="json"), "splits": split_of})
-    key = manifest_key(name)
+    key = keys.data_manifest(name)
     if not store.exists(key):
         try:
             done, broken = _scans(store, name, cases, split_of, config, progress)
@@ -138,9 +138,8 @@ def _sweep(store: Store, manifest: Manifest) -> None:
     """Delete the work files, and what jobs with other settings left behind."""
     named = {shard.key for split in manifest.shards.values() for shard in split}
     named |= {volume.key for split in manifest.volumes.values() for volume in split}
-    for folder in ("work", "shards", "volumes"):
-        found = store.find(f"data/{manifest.name}/{folder}/")
-        store.delete([item.key for item in found if item.key not in named])
+    for prefix in keys.data_swept(manifest.name):
+        store.delete([item.key for item in store.find(prefix) if item.key not in named])
 
 
 def plan_shards(
@@ -248,7 +247,7 @@ def _shards(
     tasks = [
         (
             store,
-            f"data/{name}",
+            name,
             f"{split}-{number:05d}",
             batches,
             {case: work[case] for batch in batches for case, _ in batch},
@@ -261,7 +260,7 @@ def _shards(
 
 def _shard_task(
     store: Store,
-    root: str,
+    name: str,
     title: str,
     batches: list[list[tuple[str, int]]],
     work: dict[str, Shard],
@@ -270,7 +269,7 @@ def _shard_task(
     """One shard, or what an earlier, killed job committed of it."""
     shape, codec = config.patch.shape_zyx, config.shard.codec
     stem = f"{title}-{digest([codec, shape, batches, {case: shard.sha256 for case, shard in work.items()}])}"
-    key, committed = f"{root}/shards/{stem}.arrow", f"{root}/work/shards/{stem}.json"
+    key, committed = keys.shard(name, stem), keys.data_shard_work(name, stem)
     if store.exists(committed) and store.exists(key):
         return Shard.from_json(store.get_json(committed))
 

@@ -14,7 +14,7 @@ from lungseg.dataset.stored_scans import read_volume
 from lungseg.errors import DataError
 from lungseg.evaluate.case import CaseResult, evaluate_case, mean_or_none
 from lungseg.evaluate.report import reader_ceiling, write_report
-from lungseg.runs.best import BestModel
+from lungseg.runs.export import BestModel
 from lungseg.scan.lungs import lung_mask
 from lungseg.segment.sliding import predict_volume
 from lungseg.storage import Store

@@ -1,49 +1,52 @@
-"""The published network of a run, rebuilt from its recipe and verified weights."""
+"""best.json: which checkpoint of a run is published."""
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
+from typing import Any, Self
 
-import keras
-import numpy as np
-import tensorflow as tf
-
-from lungseg.config import Recipe, parse_recipe
-from lungseg.model.precision import set_precision
-from lungseg.model.unet import build_unet, with_probability
-from lungseg.runs.checkpoint import Checkpoints, assign
-from lungseg.runs.run import load_run, run_root
-from lungseg.storage import Store
+from lungseg.runs.state import TrainState, rank, validated
 
 
 @dataclass(frozen=True)
-class BestModel:
-    """The best network of a run: `predict` takes float32 HU [n, z, y, x, 1], gives probabilities."""
+class Best:
+    """The published checkpoint: the best over all attempts on one data set, or the last epoch where the
+    recipe says so. `val_dice` is None where nobody has validated it; `model_sha256` is the digest of
+    best/model.keras; `data` and `manifest_sha256` are the data set that it was trained on."""
 
-    run: str
-    data: str
     checkpoint: str
-    recipe: Recipe
-    network: keras.Model
+    attempt: str
+    epoch: int
+    step: int
+    val_dice: float | None
+    metrics: dict[str, float]
+    model_sha256: str
+    data: str
+    manifest_sha256: str
 
-    def predict(self, volume_hu: np.ndarray) -> np.ndarray:
-        probability: np.ndarray = self._graph(tf.convert_to_tensor(volume_hu, tf.float32)).numpy()
-        return probability
+    @classmethod
+    def of(cls, checkpoint: str, state: TrainState, model_keras: bytes) -> Self:
+        return cls(
+            checkpoint=checkpoint,
+            attempt=state.attempt,
+            epoch=state.epoch,
+            step=state.step,
+            val_dice=state.val_dice,
+            metrics=state.metrics,
+            model_sha256=hashlib.sha256(model_keras).hexdigest(),
+            data=state.data,
+            manifest_sha256=state.manifest_sha256,
+        )
 
-    @tf.function(reduce_retracing=True)
-    def _graph(self, volume_hu: tf.Tensor) -> tf.Tensor:
-        return self.network(volume_hu, training=False)
+    @classmethod
+    def from_json(cls, tree: dict[str, Any]) -> Self:
+        """Pointers of format 1 do not name their data set."""
+        return cls(**{"data": "", **tree, "val_dice": validated(tree["val_dice"])})
 
-
-def load_best(store: Store, run: str) -> BestModel:
-    """Rebuilt from its recipe and given verified weights; no foreign file is ever deserialised.
-
-    Raises RunError("run-missing", "no-checkpoint" or "checkpoint-corrupt").
-    """
-    found = load_run(store, run)
-    checkpoint = Checkpoints(store, run_root(run)).read_best()
-    recipe = parse_recipe(checkpoint.state.recipe)
-    set_precision(recipe.train)
-    model = build_unet(recipe.model)
-    assign(model.weights, checkpoint.weights, checkpoint.name)
-    return BestModel(run, found.data, checkpoint.name, recipe, with_probability(model, recipe.model))
+    def beaten_by(self, state: TrainState) -> bool:
+        """Whether a state is better. On other data, or with other patients to validate on, a Dice says
+        nothing about this one: the newer network then takes its place."""
+        if state.val_dice is None:
+            return False
+        return self.manifest_sha256 != state.manifest_sha256 or state.val_dice > rank(self.val_dice)

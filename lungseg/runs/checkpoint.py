@@ -11,16 +11,18 @@ import json
 import secrets
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from safetensors.numpy import load as safetensors_load
 from safetensors.numpy import save as safetensors_save
 
-from lungseg.config import CheckpointConfig, TrainConfig
+from lungseg.config import CheckpointConfig
 from lungseg.errors import LungsegError, RunError
-from lungseg.storage import Store, to_json
+from lungseg.runs.best import Best
+from lungseg.runs.state import TrainState, rank, validated
+from lungseg.storage import Store, keys, to_json
 from lungseg.telemetry import count_checkpoint, log
 
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
@@ -30,58 +32,12 @@ _log = log("checkpoint")
 
 
 @dataclass(frozen=True)
-class TrainState:
-    """Where a run stands besides its weights; `step` counts optimiser updates, `epoch` finished epochs.
-
-    The rest follows from these: learning rate and patches from (seed, step), random draws from (seed, step,
-    row). `metrics` are those of the last finished epoch; `losses`, `train_seconds` and `data_wait_seconds`
-    belong to the epoch under way, of which `losses` has one a step. `claim` is the number of the lease
-    under which it was written.
-    """
-
-    attempt: str
-    step: int
-    epoch: int
-    manifest_sha256: str
-    recipe: dict[str, Any]
-    best_val_dice: float = -1.0
-    epochs_without_gain: int = 0
-    seconds: float = 0.0
-    metrics: dict[str, float] = field(default_factory=dict)
-    losses: list[float] = field(default_factory=list)
-    train_seconds: float = 0.0
-    data_wait_seconds: float = 0.0
-    claim: int = 0
-
-    @property
-    def val_dice(self) -> float:
-        """Of the weights that go with this state; -1 where nobody has validated them: within an epoch, or
-        where there are no validation patches."""
-        return -1.0 if self.losses or not self.epoch else self.metrics.get("val_dice", -1.0)
-
-    def last_epoch(self, config: TrainConfig) -> int:
-        """The epoch that ends the run: the recipe's last, or the last that fits into its minutes if those to
-        come take as long as the latest (the first also traces the graphs)."""
-        if config.max_minutes is None or not self.epoch:
-            return config.epochs
-        of_one = self.metrics["train_seconds"] + self.metrics["val_seconds"]
-        left = max(0.0, config.max_minutes * 60 - self.seconds)
-        return min(config.epochs, self.epoch + int(left / of_one))
-
-    def ended(self, config: TrainConfig) -> bool:
-        """Whether the run has its epochs, or time for no more, or stopped gaining."""
-        if self.losses:
-            return False
-        return self.epoch >= self.last_epoch(config) or self.epochs_without_gain >= config.patience_epochs
-
-
-@dataclass(frozen=True)
 class Entry:
     """What a checkpoint's manifest says of it."""
 
     name: str
     attempt: str
-    val_dice: float
+    val_dice: float | None
     claim: int = 0
 
     @property
@@ -125,22 +81,20 @@ class Checkpoints:
             STATE: to_json(asdict(state)),
         }
         for file, data in files.items():
-            self.store.put(self._key(name, file), data)
+            self.store.put(keys.checkpoint(self.root, name, file), data)
         entries = {f: {"bytes": len(d), "sha256": hashlib.sha256(d).hexdigest()} for f, d in files.items()}
         body = {"attempt": state.attempt, "claim": state.claim, "val_dice": state.val_dice, "files": entries}
         manifest = to_json({**body, "sha256": _digest(body)})
-        if not self.store.put_if_absent(self._key(name, "manifest.json"), manifest):
+        if not self.store.put_if_absent(keys.checkpoint_manifest(self.root, name), manifest):
             raise RunError("checkpoint-exists", checkpoint=name, remedy="start the run again with --resume")
         count_checkpoint(time.monotonic() - began, sum(map(len, files.values())))
         return name
 
     def committed(self, attempt: str) -> list[Entry]:
         """Committed checkpoints of an attempt, newest first; what lacks a manifest does not exist."""
-        suffix = "/manifest.json"
-        prefix = f"{self.root}/checkpoints/"
-        names = [i.key[len(prefix) : -len(suffix)] for i in self.store.find(prefix) if i.key.endswith(suffix)]
+        found = (item.key for item in self.store.find(keys.checkpoints(self.root)))
         entries = []
-        for name in names:
+        for name in filter(None, (keys.checkpoint_of(self.root, key) for key in found)):
             try:
                 manifest = self._manifest(name)
             except LungsegError as error:
@@ -149,7 +103,9 @@ class Checkpoints:
                 _log.warning("checkpoint %s has no readable manifest: %s", name, error)
             else:
                 entries.append(
-                    Entry(name, manifest["attempt"], manifest["val_dice"], manifest.get("claim", 0))
+                    Entry(
+                        name, manifest["attempt"], validated(manifest["val_dice"]), manifest.get("claim", 0)
+                    )
                 )
         mine = [entry for entry in entries if entry.attempt == attempt]
         return sorted(mine, key=lambda entry: entry.age, reverse=True)
@@ -157,7 +113,7 @@ class Checkpoints:
     def read(self, name: str, *, with_optimizer: bool = True) -> Checkpoint:
         """Raises what `files` raises."""
         files = self.files(name, (WEIGHTS, OPTIMIZER, STATE) if with_optimizer else (WEIGHTS, STATE))
-        state = TrainState(**json.loads(files[STATE]))
+        state = TrainState.from_json(json.loads(files[STATE]))
         optimizer = safetensors_load(files[OPTIMIZER]) if with_optimizer else {}
         return Checkpoint(name, state, safetensors_load(files[WEIGHTS]), optimizer)
 
@@ -166,7 +122,7 @@ class Checkpoints:
         StorageError("object-missing" or "object-corrupt")."""
         entries, files = self._manifest(name)["files"], {}
         for file in wanted:
-            files[file] = self.store.get(self._key(name, file))
+            files[file] = self.store.get(keys.checkpoint(self.root, name, file))
             if hashlib.sha256(files[file]).hexdigest() != entries[file]["sha256"]:
                 raise _corrupt(name, file)
         return files
@@ -185,35 +141,28 @@ class Checkpoints:
     def retain(self, attempt: str, config: CheckpointConfig) -> None:
         """Delete what `to_delete` names; manifests go first, so a killed deletion leaves no half one."""
         best = self.best()
-        pinned = [best["checkpoint"]] if best else []
+        pinned = [best.checkpoint] if best else []
         for name in to_delete(self.committed(attempt), config, pinned):
-            keys = [item.key for item in self.store.find(self._key(name, ""))]
-            self.store.delete(sorted(keys, key=lambda key: not key.endswith("/manifest.json")))
+            manifest = keys.checkpoint_manifest(self.root, name)
+            found = [item.key for item in self.store.find(keys.checkpoint(self.root, name))]
+            self.store.delete(sorted(found, key=lambda key: key != manifest))
 
-    def best(self) -> dict[str, Any] | None:
-        """best.json: {"checkpoint", "val_dice", "epoch", "model_sha256", …}, or None before the first. Of a
-        run that publishes its last epoch it is that one, and its val_dice -1 if it was not validated."""
-        key = f"{self.root}/best.json"
+    def best(self) -> Best | None:
+        """The pointer to the published checkpoint, or None before the first."""
+        key = keys.best(self.root)
         if not self.store.exists(key):
             return None
-        pointer: dict[str, Any] = self.store.get_json(key)
-        return pointer
+        tree = self.store.get_json(key)
+        if "manifest_sha256" not in tree:  # format 1: the checkpoint itself knows
+            tree["manifest_sha256"] = self.state(tree["checkpoint"]).manifest_sha256
+        return Best.from_json(tree)
 
     def publish_best(self, name: str, state: TrainState, model_keras: bytes) -> None:
         """Point best.json at a committed checkpoint, after its model.keras is in place."""
-        self.store.put(f"{self.root}/best/model.keras", model_keras)
-        pointer = {
-            "checkpoint": name,
-            "attempt": state.attempt,
-            "epoch": state.epoch,
-            "step": state.step,
-            "val_dice": state.val_dice,
-            "metrics": state.metrics,
-            "model_sha256": hashlib.sha256(model_keras).hexdigest(),
-        }
-        self.store.put_json(f"{self.root}/best.json", pointer)
+        self.store.put(keys.best_model(self.root), model_keras)
+        self.store.put_json(keys.best(self.root), asdict(Best.of(name, state, model_keras)))
 
-    def require_best(self) -> dict[str, Any]:
+    def require_best(self) -> Best:
         """As `best`. Raises RunError("no-checkpoint") before the first."""
         pointer = self.best()
         if pointer is None:
@@ -223,18 +172,19 @@ class Checkpoints:
 
     def read_best(self) -> Checkpoint:
         """The best checkpoint, without its optimiser. Raises RunError("no-checkpoint")."""
-        return self.read(self.require_best()["checkpoint"], with_optimizer=False)
+        return self.read(self.require_best().checkpoint, with_optimizer=False)
+
+    def state(self, name: str) -> TrainState:
+        """Raises what `files` raises."""
+        return TrainState.from_json(json.loads(self.files(name, (STATE,))[STATE]))
 
     def _manifest(self, name: str) -> dict[str, Any]:
         """A checkpoint's manifest, which carries its own digest: a flipped bit in it is no other score."""
-        manifest = self.store.get_json(self._key(name, "manifest.json"))
+        manifest = self.store.get_json(keys.checkpoint_manifest(self.root, name))
         body = {key: value for key, value in manifest.items() if key != "sha256"}
         if manifest.get("sha256") != _digest(body):
             raise _corrupt(name, "manifest.json")
         return body
-
-    def _key(self, name: str, file: str) -> str:
-        return f"{self.root}/checkpoints/{name}/{file}"
 
 
 def to_delete(entries: Sequence[Entry], config: CheckpointConfig, pinned: Iterable[str] = ()) -> list[str]:
@@ -243,7 +193,7 @@ def to_delete(entries: Sequence[Entry], config: CheckpointConfig, pinned: Iterab
     Of equal scores the newer is kept.
     """
     names = [entry.name for entry in sorted(entries, key=lambda e: e.age)]
-    ranked = [e.name for e in sorted(entries, key=lambda e: (e.val_dice, e.age))]
+    ranked = [e.name for e in sorted(entries, key=lambda e: (rank(e.val_dice), e.age))]
     keep = {*names[-config.keep_latest :], *ranked[-config.keep_best :], *pinned}
     return [name for name in names if name not in keep]
 

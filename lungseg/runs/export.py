@@ -4,15 +4,56 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from lungseg.config import ModelConfig
+from lungseg.config import ModelConfig, Recipe
+from lungseg.config.stored import stored_recipe
+from lungseg.dataset.manifest import prepared_as
+from lungseg.model.precision import set_precision
 from lungseg.model.unet import build_unet, with_probability
-from lungseg.runs.checkpoint import assign
+from lungseg.runs.checkpoint import Checkpoints, assign
+from lungseg.runs.run import load_run
+from lungseg.storage import Store, keys
+
+
+@dataclass(frozen=True)
+class BestModel:
+    """The best network of a run: `predict` takes float32 HU [n, z, y, x, 1], gives probabilities."""
+
+    run: str
+    checkpoint: str
+    recipe: Recipe
+    network: keras.Model
+
+    def predict(self, volume_hu: np.ndarray) -> np.ndarray:
+        probability: np.ndarray = self._graph(tf.convert_to_tensor(volume_hu, tf.float32)).numpy()
+        return probability
+
+    @tf.function(reduce_retracing=True)
+    def _graph(self, volume_hu: tf.Tensor) -> tf.Tensor:
+        return self.network(volume_hu, training=False)
+
+
+def load_best(store: Store, run: str) -> BestModel:
+    """Rebuilt from its recipe and given verified weights; no foreign file is ever deserialised.
+
+    Raises RunError("run-missing", "no-checkpoint" or "checkpoint-corrupt").
+    """
+    found = load_run(store, run)
+    checkpoint = Checkpoints(store, keys.run_root(run)).read_best()
+    recipe = stored_recipe(checkpoint.state.recipe)
+    if not checkpoint.state.data:  # format 1: the recipe may contradict the data set, which is right
+        prepared = prepared_as(store, found.data, checkpoint.state.manifest_sha256)
+        recipe = recipe.model_copy(update={"data": prepared or recipe.data})
+    set_precision(recipe.train)
+    model = build_unet(recipe.model)
+    assign(model.weights, checkpoint.weights, checkpoint.name)
+    return BestModel(run, checkpoint.name, recipe, with_probability(model, recipe.model))
 
 
 def export_model(weights: Mapping[str, np.ndarray], config: ModelConfig) -> bytes:

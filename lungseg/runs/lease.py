@@ -12,7 +12,7 @@ import secrets
 from dataclasses import dataclass
 
 from lungseg.errors import RunError
-from lungseg.storage import Store, to_json
+from lungseg.storage import Store, keys, to_json
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Lease:
 
     def check(self) -> None:
         """Raises RunError("run-taken-over") once somebody else continues the run."""
-        if self.store.exists(_key(self.root, self.number + 1)):
+        if self.store.exists(keys.claim(self.root, self.number + 1)):
             raise _taken_over(self.root)
 
 
@@ -36,18 +36,14 @@ def claim(store: Store, root: str, driver: str) -> Lease:
     Raises RunError("run-taken-over").
     """
     while True:
-        keys = [item.key for item in store.find(f"{root}/claims/")]
-        drivers = [store.get_json(key)["driver"] for key in keys]
+        claims = [item.key for item in store.find(keys.claims(root))]
+        drivers = [store.get_json(key)["driver"] for key in claims]
         if driver in drivers and drivers[-1] != driver:
             raise _taken_over(root)
-        lease = Lease(store, root, len(keys) + 1)
+        lease = Lease(store, root, len(claims) + 1)
         mine = to_json({"driver": driver, "token": secrets.token_hex(8)})
-        if store.put_if_absent(_key(root, lease.number), mine):
+        if store.put_if_absent(keys.claim(root, lease.number), mine):
             return lease
-
-
-def _key(root: str, number: int) -> str:
-    return f"{root}/claims/{number:06d}.json"
 
 
 def _taken_over(root: str) -> RunError:

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lungseg.config import Recipe
+from lungseg.config.stored import store_recipe, stored_recipe
 from lungseg.dataset.manifest import Manifest, load_manifest
-from lungseg.errors import ConfigError, DataError, RunError, StorageError
+from lungseg.errors import DataError, RunError, StorageError
+from lungseg.runs.best import Best
 from lungseg.runs.checkpoint import STATE, WEIGHTS, Checkpoints
-from lungseg.storage import FolderStore, Store, to_json
-from lungseg.stream.order import steps_per_pass
+from lungseg.runs.fit import check_fit, on_data
+from lungseg.storage import FolderStore, Store, keys, to_json
 
 Mode = Literal["fresh", "resume", "new"]
 Kind = Literal["train", "tune"]
@@ -40,27 +42,24 @@ class Run:
     def fits(self, manifest: Manifest, recipe: Recipe, kind: Kind) -> bool:
         """Whether a checkpoint of this run can be trained on: with the same network, and in the same order
         of patches, which counts in global batches and is drawn from the seed."""
-        network, train = recipe.model.model_dump(mode="json"), self.recipe["train"]
-        return (kind, manifest.sha256, network, recipe.train.global_batch, recipe.train.seed) == (
-            self.kind, self.manifest_sha256, self.recipe["model"], train["global_batch"], train["seed"],
+        old = stored_recipe(self.recipe)
+        return (kind, manifest.sha256, recipe.model, recipe.train.global_batch, recipe.train.seed) == (
+            self.kind, self.manifest_sha256, old.model, old.train.global_batch, old.train.seed,
         )  # fmt: skip
-
-
-def run_root(name: str) -> str:
-    return f"runs/{name}"
 
 
 def open_run(
     store: Store, name: str, manifest: Manifest, recipe: Recipe, mode: Mode, kind: Kind = "train"
 ) -> Run:
     """Claim a name ("fresh"), continue it ("resume", which starts it if need be) or begin it anew ("new",
-    which keeps older checkpoints and the best over all attempts).
+    which keeps older checkpoints and, on the same data set, the best over all attempts).
 
-    Raises what `check_fit` and `initial_checkpoint` raise; RunError("run-exists") for "fresh" on a taken
-    name; RunError("run-differs") for "resume" where the run does not fit (see Run.fits).
+    Raises what `on_data`, `check_fit` and `initial_checkpoint` raise; RunError("run-exists") for "fresh" on a
+    taken name; RunError("run-differs") for "resume" where the run does not fit (see Run.fits).
     """
+    recipe = on_data(recipe, manifest)
     check_fit(manifest, recipe, kind)
-    key = f"{run_root(name)}/run.json"
+    key = keys.run(keys.run_root(name))
     going_on = mode == "resume" and run_exists(store, name)
     now = datetime.now(UTC)
     run = Run(
@@ -68,7 +67,7 @@ def open_run(
         attempt=f"{now:%Y%m%dT%H%M%S}-{secrets.token_hex(3)}",
         data=manifest.name,
         manifest_sha256=manifest.sha256,
-        recipe=recipe.model_dump(mode="json"),
+        recipe=store_recipe(recipe),
         versions=_versions(),
         created=now.isoformat(timespec="seconds"),
         kind=kind,
@@ -81,48 +80,18 @@ def open_run(
     if mode == "resume":
         old = load_run(store, name)
         if not old.fits(manifest, recipe, kind):
-            was = old.recipe["train"]
+            was = stored_recipe(old.recipe).train
             raise RunError(
                 "run-differs",
                 run=name,
                 message="other data, network, verb, train.global_batch or train.seed",
-                remedy=f"give the same --data, network, train.global_batch={was['global_batch']} and "
-                f"train.seed={was['seed']} as before, or begin anew with --new",
+                remedy=f"give the same --data, network, train.global_batch={was.global_batch} and "
+                f"train.seed={was.seed} as before, or begin anew with --new",
             )
         kept = {"attempt": old.attempt, "created": old.created, "init": old.init}
         run = Run(**{**asdict(run), **kept})
     store.put(key, to_json(asdict(run)))
     return run
-
-
-def check_fit(manifest: Manifest, recipe: Recipe, kind: Kind) -> None:
-    """Raises DataError("too-few-patches", "no-nodules", "no-validation") or ConfigError("patch-shape") where
-    a data set and a recipe cannot train together."""
-    steps_per_pass(manifest.rows("train"), recipe.train.global_batch)
-    if not any(manifest.positives("train")):
-        remedy = "prepare scans whose masks hold nodules (see data.pairs.label), or another split"
-        raise DataError("no-nodules", data=manifest.name, split="train", remedy=remedy)
-    # Without a nodule silence scores 1: the first epoch that finds nothing would be the best for ever.
-    if not any(manifest.positives("val")) and (kind == "tune" or recipe.train.publish == "best"):
-        found = "no nodule among its patches" if manifest.rows("val") else "no patches"
-        remedy = "prepare data of more patients, with data.split.val above 0 or another data.split.seed"
-        remedy += "" if kind == "tune" else ", or publish the last epoch with train.publish=last"
-        raise DataError("no-validation", data=manifest.name, split="val", message=found, remedy=remedy)
-    patch, stride = manifest.patch_shape_zyx, recipe.model.total_stride
-    sides = recipe.augment.crop_zyx or patch
-    if any(side % stride for side in (*sides, *patch)):
-        message, remedy = f"no multiple of {stride} voxels", "lower model.depth, or prepare other patches"
-    elif any(side > whole for side, whole in zip(sides, patch, strict=True)):
-        message, remedy = f"patches have {patch}", "lower augment.crop_zyx"
-    elif any(side < 3 * stride for side in (sides[0], patch[0])):
-        # oneDNN 3.7 gives wrong gradients of bfloat16 convolutions over two slices, some of them NaN; and
-        # one slice has no depth to convolve over.
-        message, remedy = "fewer than 3 slices at the deepest level", "lower model.depth"
-    elif recipe.augment.turns and sides[1] != sides[2]:
-        message, remedy = "turns need square slices", "set augment.turns=false"
-    else:
-        return
-    raise ConfigError("patch-shape", patch_shape_zyx=sides, message=message, remedy=remedy)
 
 
 def initial_checkpoint(store: Store, recipe: Recipe) -> str:
@@ -134,8 +103,8 @@ def initial_checkpoint(store: Store, recipe: Recipe) -> str:
     if not source:
         return ""
     load_run(store, source)
-    best = Checkpoints(store, run_root(source)).read_best()
-    if best.state.recipe["model"] != recipe.model.model_dump(mode="json"):
+    best = Checkpoints(store, keys.run_root(source)).read_best()
+    if stored_recipe(best.state.recipe).model != recipe.model:
         remedy = "give the same model settings as that run, or choose another train.init_from"
         raise RunError("init-differs", init_from=source, message="another network", remedy=remedy)
     return f"{source}/{best.name}"
@@ -151,7 +120,7 @@ def refuse_taken(store: Store, name: str, mode: Mode) -> None:
 
 
 def run_exists(store: Store, name: str) -> bool:
-    return store.exists(f"{run_root(name)}/run.json")
+    return store.exists(keys.run(keys.run_root(name)))
 
 
 def _taken(store: Store, name: str) -> RunError:
@@ -162,50 +131,53 @@ def _taken(store: Store, name: str) -> RunError:
 def load_run(store: Store, name: str) -> Run:
     """Raises RunError("run-missing") with the names that exist."""
     if not run_exists(store, name):
-        known = ", ".join(store.folders("runs/")) or "none"
+        known = ", ".join(store.folders(keys.RUNS)) or "none"
         raise RunError("run-missing", run=name, store=store.uri, remedy=f"choose one of: {known}")
-    return Run(**store.get_json(f"{run_root(name)}/run.json"))
+    return Run(**store.get_json(keys.run(keys.run_root(name))))
 
 
 def load_run_data(store: Store, name: str) -> Manifest:
-    """The data set that a run was trained on.
+    """The data set that the published network of a run was trained on.
 
     Raises RunError("run-missing"), DataError("data-missing"), RunError("data-changed").
     """
     run = load_run(store, name)
-    manifest = load_manifest(store, run.data)
-    if manifest.sha256 != run.manifest_sha256:
+    best = Checkpoints(store, keys.run_root(name)).best()
+    # A run begun anew on other data has, until its first epoch, the best of the data set before.
+    data, sha256 = (best.data or run.data, best.manifest_sha256) if best else (run.data, run.manifest_sha256)
+    manifest = load_manifest(store, data)
+    if manifest.sha256 != sha256:
         remedy = "the held-out scans may be others now: train again on this data set"
-        raise RunError("data-changed", run=name, data=run.data, remedy=remedy)
+        raise RunError("data-changed", run=name, data=data, remedy=remedy)
     return manifest
 
 
-def list_runs(store: Store) -> list[tuple[Run, dict[str, Any] | None]]:
+def list_runs(store: Store) -> list[tuple[Run, Best | None]]:
     """Every run and its best pointer, oldest first."""
-    names = [name for name in store.folders("runs/") if run_exists(store, name)]
-    runs = [(load_run(store, name), Checkpoints(store, run_root(name)).best()) for name in names]
+    names = [name for name in store.folders(keys.RUNS) if run_exists(store, name)]
+    runs = [(load_run(store, name), Checkpoints(store, keys.run_root(name)).best()) for name in names]
     return sorted(runs, key=lambda pair: pair[0].created)
 
 
-def pull_best(store: Store, name: str, out: Path) -> dict[str, Any]:
+def pull_best(store: Store, name: str, out: Path) -> Best:
     """Copy the best checkpoint of a run into a folder: model.keras (HU in, probability out), weights,
     state, best.json and run.json. Every byte is verified before the folder gets any; returns best.json.
 
     Raises RunError("run-missing", "no-checkpoint", "checkpoint-corrupt"), DataError("output-unwritable").
     """
     run = load_run(store, name)
-    checkpoints = Checkpoints(store, run_root(name))
+    checkpoints = Checkpoints(store, keys.run_root(name))
     pointer = checkpoints.require_best()
-    committed = checkpoints.files(pointer["checkpoint"], (WEIGHTS, STATE))
-    model = store.get(f"{run_root(name)}/best/model.keras")
-    if hashlib.sha256(model).hexdigest() != pointer["model_sha256"]:
+    committed = checkpoints.files(pointer.checkpoint, (WEIGHTS, STATE))
+    model = store.get(keys.best_model(keys.run_root(name)))
+    if hashlib.sha256(model).hexdigest() != pointer.model_sha256:
         remedy = "a training run may be writing it: pull again; else --resume, which writes the next best"
         raise RunError("checkpoint-corrupt", run=name, file="best/model.keras", remedy=remedy)
     files = {
         "model.keras": model,
         **committed,
         "run.json": to_json(asdict(run)),
-        "best.json": to_json(pointer),
+        "best.json": to_json(asdict(pointer)),
     }
     target = FolderStore(out.absolute())
     try:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lungseg.errors import ConfigError
+from lungseg.storage import keys
 from lungseg.storage.base import Patience, Read, ReadCancelled, Store, StoredObject, to_json
 from lungseg.storage.folder import FolderStore
 from lungseg.storage.s3 import S3Store
@@ -22,6 +23,7 @@ __all__ = [
     "S3Store",
     "Store",
     "StoredObject",
+    "keys",
     "open_store",
     "to_json",
 ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import signal
 import socket
 import tempfile
@@ -20,40 +19,44 @@ from lungseg.config import Recipe
 from lungseg.dataset.manifest import Manifest, load_manifest
 from lungseg.errors import ConfigError, LungsegError, RunError, StorageError
 from lungseg.exporter import Source, count_restart, pushing, start_exporter
+from lungseg.runs.best import Best
 from lungseg.runs.checkpoint import Checkpoints
-from lungseg.runs.run import Mode, load_run, open_run, refuse_taken, run_exists, run_root
-from lungseg.storage import Store
+from lungseg.runs.fit import on_data
+from lungseg.runs.run import Mode, load_run, open_run, refuse_taken, run_exists
+from lungseg.storage import Store, keys
 from lungseg.telemetry import GROUP_METRICS, WORKER_METRICS, log, log_wait
+from lungseg.train.job import Job, Session
 from lungseg.train.notice import heed_sigterm, was_asked
 
 _LEFT = "worker-asked-to-leave"
 _held: list[socket.socket] = []
 
 
-def train(store: Store, data: str, run: str, recipe: Recipe, mode: Mode = "fresh") -> dict[str, Any]:
-    """Train to the end and return the best pointer of the run (see Checkpoints.best).
+def train(store: Store, data: str, run: str, recipe: Recipe, mode: Mode = "fresh") -> Best:
+    """Train to the end and return the pointer to the run's published checkpoint.
 
     Raises DataError("data-missing"), RunError("run-exists", "run-differs"), ConfigError("too-few-cpus"),
     and what a worker raised after `train.max_failures` restarts.
     """
     manifest = load_manifest(store, data)
+    recipe = on_data(recipe, manifest)
     refuse_taken(store, run, mode)
     ended = _ended(store, run, manifest, recipe) if mode == "resume" else None
     if ended:
         return ended
     cpus_per_worker(recipe, connect().nodes())  # a run that cannot start must not claim the name
     opened = open_run(store, run, manifest, recipe, mode)
-    fit(store, run_root(run), opened.attempt, manifest, recipe, init=opened.init)
-    best = Checkpoints(store, run_root(run)).best()
+    fit(store, keys.run_root(run), opened.attempt, manifest, recipe, init=opened.init)
+    best = Checkpoints(store, keys.run_root(run)).best()
     assert best is not None  # every epoch that ends commits one
     return best
 
 
-def _ended(store: Store, run: str, manifest: Manifest, recipe: Recipe) -> dict[str, Any] | None:
+def _ended(store: Store, run: str, manifest: Manifest, recipe: Recipe) -> Best | None:
     """The best pointer of a run that has nothing left to do: no reason to start Ray and TensorFlow."""
     if not run_exists(store, run):
         return None
-    old, checkpoints = load_run(store, run), Checkpoints(store, run_root(run))
+    old, checkpoints = load_run(store, run), Checkpoints(store, keys.run_root(run))
     newest = checkpoints.newest(old.attempt) if old.fits(manifest, recipe, "train") else None
     if newest is None or not newest.state.ended(recipe.train):
         return None
@@ -90,8 +93,7 @@ def fit(
         trainer = DataParallelTrainer(
             _worker,
             train_loop_config={
-                "job": (store, root, attempt, manifest, recipe.model_dump(mode="json"), init),
-                "driver": secrets.token_hex(8),
+                "job": Job(store, root, attempt, manifest, recipe, init),
                 "threads": cpus,
                 "settled": bool(callbacks),
                 "metrics": (exporter, source),
@@ -175,8 +177,7 @@ def _meet(addresses: list[str], rank: int) -> None:
 
 def _source(root: str) -> Source:
     """The labels of the metrics of "runs/NAME" or "runs/NAME/trials/TRIAL"."""
-    run, _, trial = root.removeprefix("runs/").partition("/trials/")
-    return Source(run, trial)
+    return Source(*keys.run_and_trial(root))
 
 
 def _watcher(max_failures: int, exporter: Any | None, source: Source) -> Any:
@@ -245,16 +246,14 @@ def _worker(config: dict[str, Any]) -> None:
     context = ray.train.get_context()
     if context.get_world_rank() == 0:
         log_wait("importing TensorFlow", 10)
-    from lungseg.config import parse_recipe
-    from lungseg.train.job import Job, Session
     from lungseg.train.loop import run_worker
 
     group = ray.get_runtime_context().get_placement_group_id()  # of all workers; tuning frees it
-    store, root, attempt, manifest, tree, init = config["job"]
-    recipe, rank = parse_recipe(tree), context.get_world_rank()
+    job: Job = config["job"]
+    rank = context.get_world_rank()
     exporter, source = config["metrics"]
     source = replace(source, rank=str(rank))
-    with pushing(exporter, source, WORKER_METRICS, recipe.telemetry.push_seconds) as push:
+    with pushing(exporter, source, WORKER_METRICS, job.recipe.telemetry.push_seconds) as push:
 
         def report(metrics: dict[str, float]) -> None:
             push()
@@ -270,7 +269,7 @@ def _worker(config: dict[str, Any]) -> None:
             leave=_leave,
             settled=config["settled"],
         )
-        run_worker(Job(store, root, attempt, manifest, recipe, init, config["driver"]), session)
+        run_worker(job, session)
 
 
 def _drain() -> Any:

@@ -18,11 +18,13 @@ import numpy as np
 import tensorflow as tf
 
 from lungseg.config import TrainConfig
+from lungseg.config.stored import store_recipe
 from lungseg.model.precision import set_precision
-from lungseg.runs.checkpoint import Checkpoint, Checkpoints, TrainState
+from lungseg.runs.checkpoint import Checkpoint, Checkpoints
 from lungseg.runs.lease import claim
-from lungseg.runs.run import run_root
+from lungseg.runs.state import TrainState
 from lungseg.show import duration
+from lungseg.storage import keys
 from lungseg.stream.order import steps_per_pass
 from lungseg.stream.patch_stream import Batch, PatchStream
 from lungseg.telemetry import count_step, log, log_wait, show_step
@@ -71,7 +73,8 @@ def run_worker(job: Job, session: Session) -> None:
     fresh = TrainState(job.attempt, 0, 0, job.manifest.sha256, {})
     state = replace(
         found.state if found else fresh,
-        recipe=recipe.model_dump(mode="json"),
+        recipe=store_recipe(recipe),
+        data=job.manifest.name,
         claim=session.share(lease.number if lease else None),
     )
     with Recorder(checkpoints, lease, recipe) if lease else nullcontext() as recorder:
@@ -95,7 +98,7 @@ def _restore(job: Job, session: Session, checkpoints: Checkpoints, stepper: Step
     if name is None:
         if job.init:
             run, _, name = job.init.partition("/")
-            initial = Checkpoints(job.store, run_root(run)).read(name, with_optimizer=False)
+            initial = Checkpoints(job.store, keys.run_root(run)).read(name, with_optimizer=False)
             stepper.begin_with(initial.weights, job.init)
         return None
     found = found or checkpoints.read(name)
@@ -244,7 +247,7 @@ def _advance(config: TrainConfig, state: TrainState, metrics: dict[str, float]) 
     """The state after an epoch. As in Keras' EarlyStopping, what counts as the best to be beaten moves only
     with a gain of more than `min_delta`. Without validation nothing tells that a run stopped gaining."""
     best, val_dice = state.best_val_dice, metrics.get("val_dice")
-    gained = val_dice is None or val_dice - config.min_delta > best
+    gained = val_dice is None or best is None or val_dice - config.min_delta > best
     return replace(
         state,
         epoch=state.epoch + 1,

@@ -22,10 +22,12 @@ from tensorboardX.proto.event_pb2 import Event
 
 from lungseg.config import Recipe
 from lungseg.errors import LungsegError, RunError, StorageError
-from lungseg.runs.checkpoint import Checkpoint, Checkpoints, TrainState
+from lungseg.runs.checkpoint import Checkpoint, Checkpoints
 from lungseg.runs.export import export_model
 from lungseg.runs.lease import Lease
-from lungseg.show import told
+from lungseg.runs.state import TrainState
+from lungseg.show import val_dice_text
+from lungseg.storage import keys
 from lungseg.telemetry import VAL_DICE, log
 from lungseg.train.writer import Writer
 
@@ -90,13 +92,14 @@ class Recorder:
     def _epoch(self, state: TrainState, weights: Arrays, optimizer: Arrays) -> None:
         self._lease.check()
         self._require_finite(state, weights)
-        if "val_dice" in state.metrics:
+        if state.val_dice is not None:
             VAL_DICE.set(state.val_dice)
         self._append_metrics(state)
         published = self._due(state) and self._commit(state, weights, optimizer)
         _log.info(
             "epoch %d: loss %.4f, %s%s, %.0f s, %.1f of them waiting for data",
-            state.epoch, state.metrics["loss"], told(state.val_dice), " (published)" if published else "",
+            state.epoch, state.metrics["loss"],
+            val_dice_text(state.val_dice), " (published)" if published else "",
             state.metrics["train_seconds"], state.metrics["data_wait_seconds"],
         )  # fmt: skip
         self._put_events(state)
@@ -131,9 +134,9 @@ class Recorder:
         return publish
 
     def _beats(self, state: TrainState) -> bool:
-        """Over all attempts of the run's name."""
+        """Over all attempts of the run's name on this data set."""
         best = self._checkpoints.best()
-        return state.val_dice > (best["val_dice"] if best else -1)
+        return best.beaten_by(state) if best else state.val_dice is not None
 
     def _require_finite(self, state: TrainState, weights: Arrays) -> None:
         """A resume from weights that are not would be stuck for ever."""
@@ -142,7 +145,7 @@ class Recorder:
 
     def _append_metrics(self, state: TrainState) -> None:
         """One line an epoch; lines that a resumed run trains again are replaced."""
-        key = f"{self._root}/metrics.jsonl"
+        key = keys.metrics(self._root)
         old = self._store.get(key).decode().splitlines() if self._store.exists(key) else []
         lines = [json.loads(line) for line in old]
         kept = [ln for ln in lines if ln["attempt"] != state.attempt or ln["epoch"] < state.epoch]
@@ -155,12 +158,12 @@ class Recorder:
             self._events.write_event(event)
         self._events.flush()
         for file in Path(self._folder.name).iterdir():
-            key = f"{self._root}/tensorboard/{state.attempt}/{file.name}"
+            key = keys.events(self._root, state.attempt, file.name)
             self._store.put(key, file.read_bytes())
 
     def _put_log(self) -> None:
         self._lease.check()
-        key = f"{self._root}/log.txt"
+        key = keys.log(self._root)
         if self._earlier_lines is None:
             self._earlier_lines = self._store.get(key) if self._store.exists(key) else b""
         self._store.put(key, self._earlier_lines + self._lines.text.encode())

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lungseg.runs.checkpoint import Checkpoints
-from lungseg.storage import Store
+from lungseg.storage import Store, keys
 
 
 @dataclass(frozen=True)
@@ -26,19 +26,19 @@ def ranked(store: Store, root: str, results: Sequence[Any]) -> list[Trial]:
     rows = []
     for result in results:
         name = result.metrics["trial_id"]
-        best = Checkpoints(store, f"{root}/trials/{name}").best()
-        if best:
+        best = Checkpoints(store, keys.trial_root(root, name)).best()
+        if best and best.val_dice is not None:
             epochs = int(result.metrics["epoch"])
-            rows.append(Trial(name, epochs=epochs, val_dice=best["val_dice"], **result.config))
+            rows.append(Trial(name, epochs=epochs, val_dice=best.val_dice, **result.config))
     return sorted(rows, key=lambda row: (-row.val_dice, row.trial))
 
 
 def promote(store: Store, root: str, best: Trial) -> None:
     """Copy the winner's best checkpoint to the run, so that every verb finds it as any run's."""
-    trial_root = f"{root}/trials/{best.trial}"
+    trial_root = keys.trial_root(root, best.trial)
     pointer = Checkpoints(store, trial_root).best()
     assert pointer is not None
-    won = Checkpoints(store, trial_root).read(pointer["checkpoint"])
+    won = Checkpoints(store, trial_root).read(pointer.checkpoint)
     run = Checkpoints(store, root)
     name = run.commit(won.state, won.weights, won.optimizer)
-    run.publish_best(name, won.state, store.get(f"{trial_root}/best/model.keras"))
+    run.publish_best(name, won.state, store.get(keys.best_model(trial_root)))

@@ -10,8 +10,9 @@ from lungseg.cluster import connect
 from lungseg.config import Recipe, parse_recipe
 from lungseg.dataset.manifest import Manifest, load_manifest
 from lungseg.errors import LungsegError, RunError
-from lungseg.runs.run import open_run, refuse_taken, run_root
-from lungseg.storage import Store
+from lungseg.runs.fit import on_data
+from lungseg.runs.run import open_run, refuse_taken
+from lungseg.storage import Store, keys
 from lungseg.telemetry import log
 from lungseg.train.launch import cpus_per_worker, fit
 from lungseg.tune.promote import Trial, promote, ranked
@@ -23,15 +24,16 @@ def tune(store: Store, data: str, run: str, recipe: Recipe, trials: int) -> list
     The table is also kept as runs/<run>/trials.json. Raises what `train` raises, RunError("no-trial").
     """
     manifest = load_manifest(store, data)
+    recipe = on_data(recipe, manifest)
     refuse_taken(store, run, "fresh")
     cpus_per_worker(recipe, connect().nodes())  # a run that cannot start must not claim the name
     attempt = open_run(store, run, manifest, recipe, "fresh", kind="tune").attempt
-    root = run_root(run)
+    root = keys.run_root(run)
     done = _search(store, root, attempt, manifest, recipe, trials)
     if not done:
         remedy = "read the errors above; try the recipe with `lungseg train` first"
         raise RunError("no-trial", run=run, message="no trial finished an epoch", remedy=remedy)
-    store.put_json(f"{root}/trials.json", [asdict(trial) for trial in done])
+    store.put_json(keys.trials(root), [asdict(trial) for trial in done])
     promote(store, root, done[0])
     return done
 
@@ -52,7 +54,14 @@ def _search(
 
     def trial(choice: dict[str, Any]) -> None:
         name = ray_tune.get_context().get_trial_id()
-        fit(store, f"{root}/trials/{name}", attempt, manifest, _with(recipe, choice), [TuneReportCallback()])
+        fit(
+            store,
+            keys.trial_root(root, name),
+            attempt,
+            manifest,
+            _with(recipe, choice),
+            [TuneReportCallback()],
+        )
 
     with tempfile.TemporaryDirectory(prefix="lungseg-tune-", ignore_cleanup_errors=True) as scratch:
         results = ray_tune.Tuner(

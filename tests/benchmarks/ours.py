@@ -26,9 +26,10 @@ import numpy as np
 from meter import Meter
 
 from lungseg.config import ShardConfig, StreamConfig
-from lungseg.dataset.manifest import Manifest, load_manifest, manifest_key
+from lungseg.dataset.manifest import Manifest, load_manifest
 from lungseg.dataset.shards import Patch, write_shard
 from lungseg.storage import Store, open_store
+from lungseg.storage.keys import data_manifest
 from lungseg.stream.patch_stream import PatchStream
 
 
@@ -53,7 +54,7 @@ def write(codec: Any, source: Path, uri: str) -> None:
     splits = {"train": tuple(written), "val": ()}
     per_get = ShardConfig().batches_per_get
     manifest = Manifest(codec, "", {}, shape, splits, {}, {}, {}, (), batches_per_get=per_get)
-    store.put(manifest_key(codec), manifest.to_bytes())
+    store.put(data_manifest(codec), manifest.to_bytes())
 
 
 def read(store: Store, manifest: Manifest, patches: int, batch: int, config: StreamConfig) -> Meter:

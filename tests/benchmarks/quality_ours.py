@@ -43,7 +43,7 @@ def main() -> None:
     train(store, "crops", "crops", recipe)
     lines = [json.loads(line) for line in store.get("runs/crops/metrics.jsonl").decode().splitlines()]
 
-    from lungseg.runs.best import load_best
+    from lungseg.runs.export import load_best
 
     model = load_best(store, "crops")
     masks, plain = {}, {}

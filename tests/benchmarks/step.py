@@ -28,9 +28,10 @@ from helpers.servers import BUCKET, S3Server, s3_client  # noqa: E402
 from step_contestants import flops  # noqa: E402
 
 from lungseg.config import load_recipe  # noqa: E402
-from lungseg.dataset.manifest import Manifest, manifest_key  # noqa: E402
+from lungseg.dataset.manifest import Manifest  # noqa: E402
 from lungseg.dataset.shards import Patch, write_shard  # noqa: E402
 from lungseg.storage import open_store  # noqa: E402
+from lungseg.storage.keys import data_manifest  # noqa: E402
 from lungseg.train.launch import train  # noqa: E402
 
 SHAPES = ((64, 2), (96, 1))
@@ -99,7 +100,7 @@ def stream_and_workers(rounds: int) -> None:
             key = f"data/step/shards/{split}-00000.arrow"
             shards[split] = (write_shard(store, key, groups, shape, "planes-lz4"),)
         manifest = Manifest("step", "benchmark", {}, shape, shards, {}, {}, {}, ())
-        store.put(manifest_key("step"), manifest.to_bytes())
+        store.put(data_manifest("step"), manifest.to_bytes())
         pace: dict[int, list[float]] = {1: [], 2: []}
         waits: list[float] = []
         for number in range(rounds):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from lungseg.config import Codec, DataConfig
 from lungseg.dataset.case import IGNORE, Exclusion
-from lungseg.dataset.manifest import Manifest, load_manifest, manifest_key
+from lungseg.dataset.manifest import Manifest, load_manifest
 from lungseg.dataset.shards import (
     Extent,
     Patch,
@@ -31,6 +31,7 @@ from lungseg.dataset.shards import (
 from lungseg.dataset.stored_scans import VolumeEntry
 from lungseg.errors import DataError, StorageError
 from lungseg.storage import FolderStore, open_store, to_json
+from lungseg.storage.keys import data_manifest
 
 SHAPE = (3, 4, 5)
 KEY = "data/d/shards/train-00000.arrow"
@@ -280,7 +281,7 @@ def manifest(name: str = "d") -> Manifest:
 
 def test_a_manifest_comes_back_equal_with_the_checksum_of_its_own_bytes(tmp_path: Path) -> None:
     store = open_store(tmp_path)
-    store.put(manifest_key("d"), manifest().to_bytes())
+    store.put(data_manifest("d"), manifest().to_bytes())
     read = load_manifest(store, "d")
     data = (tmp_path / "data/d/manifest.json").read_bytes()
     assert read == dataclasses.replace(manifest(), sha256=hashlib.sha256(data).hexdigest())
@@ -302,7 +303,7 @@ def test_a_missing_data_set_lists_the_finished_ones(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="finished data sets here: none"):
         load_manifest(store, "d")
     for name in ("first", "second"):
-        store.put(manifest_key(name), manifest(name).to_bytes())
+        store.put(data_manifest(name), manifest(name).to_bytes())
     store.put("data/half-done/work/c.json", b"{}")
     with pytest.raises(DataError, match="data-missing") as caught:
         load_manifest(store, "d")
@@ -312,6 +313,6 @@ def test_a_missing_data_set_lists_the_finished_ones(tmp_path: Path) -> None:
 @pytest.mark.parametrize("tree", [{}, {"format": 0}, {"format": 1}, []])
 def test_a_manifest_of_another_format_is_refused(tmp_path: Path, tree: object) -> None:
     store = open_store(tmp_path)
-    store.put(manifest_key("d"), to_json(tree))
+    store.put(data_manifest("d"), to_json(tree))
     with pytest.raises(DataError, match="manifest-format"):
         load_manifest(store, "d")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from lungseg.dataset.case import IGNORE
-from lungseg.dataset.manifest import Manifest, load_manifest, manifest_key
+from lungseg.dataset.manifest import Manifest, load_manifest
 from lungseg.dataset.shards import Patch, write_shard
 from lungseg.storage import Store
+from lungseg.storage.keys import data_manifest
 
 SHAPE_ZYX = (16, 16, 16)
 
@@ -22,7 +23,7 @@ def write_balls(store: Store, name: str = "balls", train: int = 24, val: int = 6
             write_shard(store, f"data/{name}/shards/{split}-00000.arrow", groups, SHAPE_ZYX, "lz4"),
         )
     manifest = Manifest(name, "balls", {}, SHAPE_ZYX, written, {}, {}, {}, ())
-    store.put(manifest_key(name), manifest.to_bytes())
+    store.put(data_manifest(name), manifest.to_bytes())
     return load_manifest(store, name)
 
 

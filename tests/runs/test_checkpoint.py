@@ -124,7 +124,8 @@ from dataclasses import replace
 import numpy as np
 from lungseg.config import CheckpointConfig, TrainConfig
 from lungseg.storage import FolderStore
-from lungseg.runs.checkpoint import Checkpoints, TrainState
+from lungseg.runs.checkpoint import Checkpoints
+from lungseg.runs.state import TrainState
 
 class Dying(FolderStore):
     left = 1 << 30
@@ -255,9 +256,9 @@ def test_the_best_pointer_names_a_checkpoint_and_the_digest_of_its_model(checkpo
     checkpoints.publish_best(name, state, b"model")
     pointer = checkpoints.best()
     assert pointer is not None
-    assert (pointer["checkpoint"], pointer["epoch"], pointer["val_dice"]) == (name, 3, 0.6)
+    assert (pointer.checkpoint, pointer.epoch, pointer.val_dice) == (name, 3, 0.6)
     # sha256sum of the five bytes
-    assert pointer["model_sha256"] == "9372c470eeadd5ecd9c3c74c2b3cb633f8e2f2fad799250a0f70d652b6b825e4"
+    assert pointer.model_sha256 == "9372c470eeadd5ecd9c3c74c2b3cb633f8e2f2fad799250a0f70d652b6b825e4"
     assert checkpoints.store.get("runs/r/best/model.keras") == b"model"
     best = checkpoints.read_best()
     assert best.name == name

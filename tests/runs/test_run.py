@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from helpers.balls import write_balls
 
-from lungseg.config import Recipe, load_recipe, parse_recipe
+from lungseg.config import Recipe, load_recipe
+from lungseg.config.stored import stored_recipe
 from lungseg.dataset.manifest import Manifest
 from lungseg.errors import ConfigError, DataError, RunError, StorageError
 from lungseg.runs.checkpoint import STATE, WEIGHTS, Checkpoints, TrainState
@@ -46,7 +47,7 @@ def finish_an_epoch(store: Store, name: str, val_dice: float = 0.5) -> str:
 def test_a_fresh_name_is_claimed_with_all_that_makes_the_run(store: Store, manifest: Manifest) -> None:
     run = open_run(store, "r", manifest, recipe(), "fresh")
     assert load_run(store, "r") == run
-    assert parse_recipe(run.recipe) == recipe()
+    assert stored_recipe(run.recipe) == recipe()
     assert (run.data, run.manifest_sha256, run.kind) == ("balls", manifest.sha256, "train")
     assert run.versions["tensorflow"].startswith("2.21")
 
@@ -74,7 +75,7 @@ def test_resume_keeps_the_attempt_and_may_train_longer_and_otherwise(
     longer = recipe("train.epochs=9", "optimizer.learning_rate=0.01", "train.workers=2")
     resumed = open_run(store, "r", manifest, longer, "resume")
     assert (resumed.attempt, resumed.created) == (first.attempt, first.created)
-    assert parse_recipe(load_run(store, "r").recipe) == longer
+    assert stored_recipe(load_run(store, "r").recipe) == longer
 
 
 def test_of_two_commands_that_start_one_name_at_once_exactly_one_gets_it(
@@ -227,7 +228,7 @@ def test_runs_are_listed_oldest_first_with_their_best(store: Store, manifest: Ma
     store.put("runs/not-a-run/metrics.jsonl", b"")
     listed = list_runs(store)
     assert [run.name for run, _ in listed] == names
-    assert [pointer and (pointer["checkpoint"], pointer["val_dice"]) for _, pointer in listed] == [
+    assert [pointer and (pointer.checkpoint, pointer.val_dice) for _, pointer in listed] == [
         None,
         None,
         (best, 0.75),
@@ -242,7 +243,7 @@ def test_pull_gives_the_best_checkpoint_byte_for_byte(
         pull_best(store, "r", tmp_path / "out")
     checkpoint = finish_an_epoch(store, "r")
     pointer = pull_best(store, "r", tmp_path / "out")
-    assert pointer["checkpoint"] == checkpoint
+    assert pointer.checkpoint == checkpoint
     found = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     assert found.keys() == {"model.keras", WEIGHTS, STATE, "run.json", "best.json"}
     assert found["model.keras"] == b"a network"

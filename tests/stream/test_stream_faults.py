@@ -21,10 +21,11 @@ from helpers.faults import Fault, FaultProxy, fault_proxy
 from helpers.servers import BUCKET, S3Server, s3_client
 
 from lungseg.config import StreamConfig
-from lungseg.dataset.manifest import Manifest, manifest_key
+from lungseg.dataset.manifest import Manifest
 from lungseg.dataset.shards import Patch, write_shard
 from lungseg.errors import DataError, LungsegError, StorageError
 from lungseg.storage import Patience, Read, S3Store, Store, open_store
+from lungseg.storage.keys import data_manifest
 from lungseg.stream.order import training_batches
 from lungseg.stream.patch_stream import PatchStream
 from lungseg.telemetry import CHECKSUM_FAILURES
@@ -190,7 +191,7 @@ with PatchStream(store, load_manifest(store, "d"), "train", config, global_batch
 def test_ctrl_c_ends_a_process_at_once_whatever_its_reads_wait_for(
     bad_network: Setting, tmp_path: Path, fault: Fault
 ) -> None:
-    bad_network.store.put(manifest_key("d"), bad_network.manifest.to_bytes())
+    bad_network.store.put(data_manifest("d"), bad_network.manifest.to_bytes())
     bad_network.proxy.late_seconds = 60
     bad_network.proxy.script["GET"].extend([None] * 5)  # the manifest (twice) and three record batches
     bad_network.proxy.always["GET"] = fault

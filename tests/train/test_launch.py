@@ -87,7 +87,7 @@ def test_a_worker_that_is_asked_to_leave_and_killed_again_and_again_ends_as_if_n
         best = balls.train("killed-worker", "train.max_failures=3", *endpoint.settings)
     assert len(hit) == len(set(hit)) == 3
     assert_endpoint_tells(balls, "killed-worker", endpoint, restarts=3)
-    assert best["val_dice"] == pytest.approx(0.5, abs=0.5)
+    assert best.val_dice == pytest.approx(0.5, abs=0.5)
     assert "committed step 1\n" in balls.store.get("runs/killed-worker/log.txt").decode()
     assert_same_end(balls, "killed-worker", undisturbed)
 

@@ -96,7 +96,7 @@ def test_weights_that_nobody_validated_are_never_the_best(tmp_path: Path) -> Non
     job = job_in(tmp_path)
     with pytest.raises(Left):
         run(job, asked=lambda: True)
-    assert newest(job).state.val_dice == -1
+    assert newest(job).state.val_dice is None
     assert Checkpoints(job.store, ROOT).best() is None
 
 

@@ -20,8 +20,8 @@ from helpers.servers import S3Server
 
 from lungseg.config import load_recipe
 from lungseg.errors import RunError
-from lungseg.runs.best import load_best
 from lungseg.runs.checkpoint import Checkpoint, Checkpoints
+from lungseg.runs.export import load_best
 from lungseg.storage import FolderStore, open_store
 from lungseg.train.job import Job, Session
 from lungseg.train.loop import run_worker
@@ -141,7 +141,7 @@ def test_a_run_killed_before_it_published_its_best_publishes_when_it_goes_on(job
     run(last)
     pointer = checkpoints.best()
     assert pointer is not None
-    assert pointer["checkpoint"] == newest(last).name
+    assert pointer.checkpoint == newest(last).name
     assert len(checkpoints.committed("a1")) == 1
 
 
@@ -151,7 +151,7 @@ def test_a_run_ends_after_patience_epochs_without_a_gain(job: Job) -> None:
     assert newest(job).state.epochs_without_gain == 2
     pointer = Checkpoints(job.store, ROOT).best()
     assert pointer is not None
-    assert pointer["epoch"] == 1
+    assert pointer.epoch == 1
 
 
 @pytest.mark.parametrize("validated", [True, False])
@@ -166,8 +166,8 @@ def test_the_last_epoch_is_published_where_it_is_wanted(job: Job, validated: boo
     assert all(("val_dice" in line) == validated for line in lines(last))
     pointer = Checkpoints(last.store, ROOT).best()
     assert pointer is not None
-    assert pointer["checkpoint"] == newest(last).name
-    assert (pointer["val_dice"] >= 0) == validated
+    assert pointer.checkpoint == newest(last).name
+    assert (pointer.val_dice is not None) == validated
 
 
 def test_a_run_out_of_minutes_ends_after_its_epoch_with_that_committed(job: Job) -> None:

@@ -61,7 +61,7 @@ def test_every_trial_gets_its_turn_and_the_table_is_sorted(searched: tuple[Store
 def test_the_best_trials_checkpoint_is_the_best_of_the_run(
     searched: tuple[Store, list[Trial]], tmp_path: Any
 ) -> None:
-    from lungseg.runs.best import load_best
+    from lungseg.runs.export import load_best
 
     store, (won, *_) = searched
     best, trial = load_best(store, "search"), Checkpoints(store, f"runs/search/trials/{won.trial}")
@@ -71,7 +71,7 @@ def test_the_best_trials_checkpoint_is_the_best_of_the_run(
     expected = trial.read_best()
     for variable in best.network.weights:
         assert variable.numpy().tobytes() == expected.weights[variable.path].tobytes()
-    assert pull_best(store, "search", tmp_path / "out")["val_dice"] == won.val_dice
+    assert pull_best(store, "search", tmp_path / "out").val_dice == won.val_dice
     assert load_run(store, "search").kind == "tune"
 
 

@@ -1,0 +1,137 @@
+"""Every key of the store. Nobody else writes one down, so that this page is the store's layout.
+
+Below the root URI lie data sets under `data/NAME/`, what `prepare` keeps of each scan under `scans/`, and
+runs under `runs/NAME/`. A trial of a sweep is a run of its own, below its sweep: both have a `root`, which
+the functions on runs take.
+"""
+
+from __future__ import annotations
+
+DATA, RUNS = "data/", "runs/"
+SCANS = "scans/"
+_TRIALS = "/trials/"
+
+
+def data_root(data: str) -> str:
+    return f"{DATA}{data}"
+
+
+def data_manifest(data: str) -> str:
+    """Written last: what it does not name is no part of the data set."""
+    return f"{data_root(data)}/manifest.json"
+
+
+def card(data: str, kind: str) -> str:
+    return f"{data_root(data)}/card.{kind}"
+
+
+def shard(data: str, stem: str) -> str:
+    return f"{data_root(data)}/shards/{stem}.arrow"
+
+
+def held_out(data: str, split: str, stem: str) -> str:
+    """A whole scan of val or test."""
+    return f"{data_root(data)}/volumes/{split}/{stem}.arrow"
+
+
+def data_work(data: str, stem: str) -> str:
+    """What an unfinished `prepare` has committed; swept away once the manifest is there."""
+    return f"{data_root(data)}/work/{stem}.json"
+
+
+def data_shard_work(data: str, stem: str) -> str:
+    return data_work(data, f"shards/{stem}")
+
+
+def data_swept(data: str) -> list[str]:
+    """Prefixes below which everything goes that the manifest does not name."""
+    return [f"{data_root(data)}/{folder}/" for folder in ("work", "shards", "volumes")]
+
+
+def kept_patches(stem: str) -> str:
+    """A scan's patches, kept so that other data sets of the same scan need not read it."""
+    return f"{SCANS}{stem}.arrow"
+
+
+def kept(stem: str) -> str:
+    return f"{SCANS}{stem}.json"
+
+
+def kept_held_out(stem: str) -> str:
+    return f"{SCANS}{stem}-volume.json"
+
+
+def run_root(run: str) -> str:
+    return f"{RUNS}{run}"
+
+
+def trial_root(root: str, trial: str) -> str:
+    return f"{root}{_TRIALS}{trial}"
+
+
+def run_and_trial(root: str) -> tuple[str, str]:
+    """The names in a root; the trial's is empty for a run."""
+    run, _, trial = root.removeprefix(RUNS).partition(_TRIALS)
+    return run, trial
+
+
+def run(root: str) -> str:
+    return f"{root}/run.json"
+
+
+def metrics(root: str) -> str:
+    return f"{root}/metrics.jsonl"
+
+
+def log(root: str) -> str:
+    return f"{root}/log.txt"
+
+
+def events(root: str, attempt: str, file: str) -> str:
+    return f"{root}/tensorboard/{attempt}/{file}"
+
+
+def trials(root: str) -> str:
+    return f"{root}/trials.json"
+
+
+def best(root: str) -> str:
+    return f"{root}/best.json"
+
+
+def best_model(root: str) -> str:
+    """Stable, so that a plain S3 client can pull it."""
+    return f"{root}/best/model.keras"
+
+
+def claims(root: str) -> str:
+    return f"{root}/claims/"
+
+
+def claim(root: str, number: int) -> str:
+    return f"{claims(root)}{number:06d}.json"
+
+
+def checkpoints(root: str) -> str:
+    return f"{root}/checkpoints/"
+
+
+def checkpoint(root: str, name: str, file: str = "") -> str:
+    """A file of a checkpoint; without one the prefix of them all."""
+    return f"{checkpoints(root)}{name}/{file}"
+
+
+def checkpoint_manifest(root: str, name: str) -> str:
+    """Written last, if absent: it commits the checkpoint."""
+    return checkpoint(root, name, "manifest.json")
+
+
+def checkpoint_of(root: str, key: str) -> str | None:
+    """The checkpoint whose manifest lies under `key`, if one does."""
+    name, _, file = key.removeprefix(checkpoints(root)).partition("/")
+    return name if file == "manifest.json" else None
+
+
+def doctor(token: str) -> str:
+    """An object that `lungseg doctor` writes and deletes."""
+    return f"doctor-{token}"
