@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from lungseg.config.fields import Codec, Frozen, Label, LidcMask, Positive, Seed, Shape, Share
+from lungseg.config.fields import Codec, Frozen, Label, LidcMask, Seed, Shape, Share, Spacing
 
 
 class LidcConfig(Frozen):
@@ -79,7 +79,7 @@ class ShardConfig(Frozen):
 class DataConfig(Frozen):
     """How scans become a data set."""
 
-    spacing_mm: tuple[Positive, Positive, Positive] = Field(
+    spacing_mm: tuple[Spacing, Spacing, Spacing] = Field(
         (1.0, 1.0, 1.0), description="(z, y, x); scans are resampled to it, also by `lungseg predict`"
     )
     lidc: LidcConfig = LidcConfig()

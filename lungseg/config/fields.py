@@ -11,6 +11,8 @@ LossName = Literal["dice", "bce", "dice_bce", "dice_focal", "focal", "tversky", 
 LidcMask = Literal["consensus", "union", "reader1", "reader2", "reader3", "reader4"]
 Label = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
+SMALLEST_SPACING_MM, LARGEST_SPACING_MM = 0.1, 20.0  # what is in metres, centimetres or microns is not
+Spacing = Annotated[float, Field(ge=SMALLEST_SPACING_MM, le=LARGEST_SPACING_MM)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Side = Annotated[int, Field(ge=1, le=1024)]
 Shape = tuple[Side, Side, Side]

@@ -17,6 +17,7 @@ Fault -> behaviour (tests: tests/data/test_dicom*.py):
   cut short, values that are no numbers                   "dicom-unreadable", "pixels-unreadable"
   multi-frame (enhanced CT), colours                      "slice-not-2d"
   slope, intercept or position missing                    "rescale-missing", "geometry-missing"
+  positions or pixels in metres or microns                "spacing-implausible"
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from pydicom.uid import (
 )
 
 from lungseg.errors import DataError, GeometryError
+from lungseg.scan.plausible import require_spacing
 from lungseg.scan.volume import AIR_HU, Geometry, Volume, vector
 
 UID = re.compile(r"\d+(?:\.\d+){4,}")
@@ -115,7 +117,7 @@ def read_series(folder: Path, series_uid: str | None = None) -> Volume:
     Raises DataError: "folder-missing", "series-none", "series-ambiguous", "series-missing",
     "dicom-unreadable", "transfer-syntax", "pixels-unreadable", "slice-not-2d", "rescale-missing".
     Raises GeometryError: "geometry-missing", "slices-mixed", "orientation-invalid", "slices-too-few",
-    "slices-duplicate", "slices-missing", "gantry-tilt", "slices-irregular".
+    "slices-duplicate", "slices-missing", "gantry-tilt", "slices-irregular", "spacing-implausible".
     """
     folder = Path(folder)
     files = _choose(find_series(folder), folder, series_uid)
@@ -296,6 +298,7 @@ def _stack(slices: list[_Slice]) -> Volume:
     normal = np.cross(row, column)
     slices = sorted(slices, key=lambda one: float(one.position @ normal))
     distance = _checked_distance(slices, normal)
+    require_spacing((distance, *head.pixel_mm), file=head.name)
     axes = np.stack([row, column, normal], axis=1)
     depth, height, width = len(slices), *head.hu.shape
     geometry = Geometry(

@@ -7,27 +7,27 @@ centre of a voxel, so a volume reaches half a voxel beyond its first and last ce
 
 from __future__ import annotations
 
-import gzip
-import math
 import os
 import struct
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import SimpleITK as sitk  # noqa: N813
 
 from lungseg.errors import DataError, GeometryError
+from lungseg.scan import itk_files, nifti
+from lungseg.scan.plausible import at_right_angles, require_spacing
 
 AIR_HU = -1024
-ITK_READERS = {".nrrd": "NrrdImageIO", ".mha": "MetaImageIO", ".mhd": "MetaImageIO"}
-SUFFIXES = (".nii.gz", ".nii", *ITK_READERS)
-
-# The datatype codes of nifti1.h and NumPy's names of them.
-NIFTI_TYPES = {2: "u1", 4: "i2", 8: "i4", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8"}
-NIFTI_TYPES |= {16: "f4", 64: "f8"}
+SUFFIXES = (*nifti.SUFFIXES, *itk_files.READERS)
+SHOWN = ", ".join(SUFFIXES)
+# How a file begins that stands for one kept elsewhere: by git-lfs, or by an unlocked git-annex.
+POINTERS = (b"version https://git-lfs", b"/annex/objects/")
+BROKEN = (RuntimeError, OSError, EOFError, ValueError, struct.error, zlib.error)
 
 Vector = tuple[float, float, float]
 
@@ -93,8 +93,7 @@ def split_name(name: str) -> tuple[str, str]:
 def read_image(path: Path) -> Volume:
     """A CT scan in HU, rounded and clipped to int16.
 
-    Raises DataError: "image-missing", "image-unreadable", "image-not-3d", "image-not-scalar",
-    "image-not-finite".
+    Raises as `read_geometry`, and DataError("image-not-finite").
     """
     array, geometry = _read(Path(path))
     limits = np.iinfo(np.int16)
@@ -106,9 +105,23 @@ def read_image(path: Path) -> Volume:
 def read_geometry(path: Path) -> Geometry:
     """The grid of an image, from its header alone.
 
-    Raises DataError: "image-missing", "image-unreadable", "image-not-3d", "image-not-scalar".
+    Raises DataError: "image-missing", "image-unreadable", "image-not-3d", "image-not-scalar",
+    "header-ambiguous". Raises GeometryError: "orientation-missing", "gantry-tilt", "spacing-implausible".
     """
-    return _geometry(_open(Path(path)))
+    path = Path(path)
+    try:
+        grid = _format(path).read_grid(path)
+    except BROKEN as error:
+        raise _unreadable(path) from error
+    require_spacing(grid.spacing_xyz_mm[::-1], file=path)
+    rows = at_right_angles(grid.axes, file=path)
+    depth, height, width = grid.shape_zyx
+    return Geometry(
+        (depth, height, width),
+        vector(grid.spacing_xyz_mm[::-1]),
+        vector(grid.origin_lps_mm),
+        (vector(rows[0]), vector(rows[1]), vector(rows[2])),
+    )
 
 
 def read_labels(path: Path) -> tuple[np.ndarray, Geometry]:
@@ -146,65 +159,38 @@ def write_mask(path: Path, mask: np.ndarray, geometry: Geometry) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _open(path: Path) -> sitk.ImageFileReader:
-    """A reader that has read the header of a 3D grey-value image."""
+def _format(path: Path) -> ModuleType:
+    """The module that reads such a file. Raises DataError("image-missing" or "image-unreadable")."""
     if not path.is_file():
-        raise DataError("image-missing", file=path, remedy="give an existing NIfTI, NRRD or MetaImage file")
+        link = path.is_symlink() and f"a link to {os.readlink(path)}, which is not here"
+        remedy = "fetch its content (git annex get, or a mount)" if link else f"give a file of {SHOWN}"
+        raise DataError("image-missing", file=path, message=link or "", remedy=remedy)
     _, suffix = split_name(path.name)
     if not suffix:
-        raise DataError("image-unreadable", file=path, remedy=f"the name must end in {', '.join(SUFFIXES)}")
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(str(path))
-    # Named, since ITK knows most formats by suffixes in small letters only.
-    reader.SetImageIO(ITK_READERS.get(suffix, "NiftiImageIO"))
-    try:
-        reader.ReadImageInformation()
-    except RuntimeError as error:
-        raise _unreadable(path) from error
-    if reader.GetDimension() != 3:
-        shape = reader.GetSize()[::-1]
-        raise DataError("image-not-3d", file=path, shape=shape, remedy="give one 3D scan a file")
-    if reader.GetNumberOfComponents() != 1:
-        remedy = "give a grey-value scan, not colours or vectors"
-        raise DataError("image-not-scalar", file=path, remedy=remedy)
-    return reader
+        raise DataError("image-unreadable", file=path, remedy=f"the name must end in {SHOWN}")
+    with path.open("rb") as file:
+        first = file.read(128)
+    if first.startswith(POINTERS):
+        remedy = "fetch the file itself: git lfs pull, or git annex get"
+        raise DataError("image-unreadable", file=path, message="only a pointer to a file", remedy=remedy)
+    return nifti if suffix in nifti.SUFFIXES else itk_files
 
 
 def _read(path: Path) -> tuple[np.ndarray, Geometry]:
-    reader = _open(path)
+    geometry = read_geometry(path)
     try:
-        if split_name(path.name)[1] in ITK_READERS:
-            image = reader.Execute()
-            array, geometry = sitk.GetArrayFromImage(image), _geometry(image)
-        else:
-            geometry = _geometry(reader)
-            array = _nifti_voxels(path.read_bytes(), geometry.shape_zyx)
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, struct.error, zlib.error) as error:
+        array = _format(path).read_voxels(path)
+    except BROKEN as error:
         raise _unreadable(path) from error
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise DataError("image-not-finite", file=path, remedy="replace NaN and infinite values")
     return array, geometry
 
 
-def _nifti_voxels(content: bytes, shape: tuple[int, int, int]) -> np.ndarray:
-    """The voxels of a NIfTI-1 file, [z, y, x], scaled as its header says (byte offsets: nifti1.h).
-
-    SimpleITK would do it, but it reads a file that was cut short as zeros and NaN as 0, silently.
-    """
-    if content.startswith(b"\x1f\x8b"):
-        content = gzip.decompress(content)
-    order = "<" if struct.unpack_from("<i", content)[0] == 348 else ">"
-    (kind,) = struct.unpack_from(order + "h", content, 70)
-    start, slope, intercept = struct.unpack_from(order + "3f", content, 108)
-    array = np.frombuffer(content, order + NIFTI_TYPES[kind], math.prod(shape), int(start)).reshape(shape)
-    if slope == 0 or (slope, intercept) == (1, 0):
-        return array.astype(NIFTI_TYPES[kind])  # a copy in this machine's byte order
-    return array * slope + intercept
-
-
 def _unreadable(path: Path) -> DataError:
-    remedy = "open it in a viewer and save it again; its axes must be at right angles"
-    return DataError("image-unreadable", file=path, remedy=remedy)
+    return DataError(
+        "image-unreadable", file=path, remedy="fetch it again, or open it in a viewer and save it"
+    )
 
 
 def require_on(array: np.ndarray, geometry: Geometry) -> None:
@@ -222,13 +208,3 @@ def to_sitk(array: np.ndarray, geometry: Geometry) -> sitk.Image:
     image.SetOrigin(geometry.origin_lps_mm)
     image.SetDirection(np.ravel(geometry.direction_lps).tolist())
     return image
-
-
-def _geometry(image: sitk.Image | sitk.ImageFileReader) -> Geometry:
-    direction = np.reshape(image.GetDirection(), (3, 3))
-    return Geometry(
-        image.GetSize()[::-1],
-        image.GetSpacing()[::-1],
-        image.GetOrigin(),
-        (vector(direction[0]), vector(direction[1]), vector(direction[2])),
-    )

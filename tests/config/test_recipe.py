@@ -149,6 +149,8 @@ def test_whatever_name_is_given_the_answer_is_a_name_that_exists(name: str) -> N
         ("optimizer.learning_rate=.inf", "optimizer.learning_rate"),
         ("optimizer.learning_rate=.nan", "optimizer.learning_rate"),
         ("model.hu_window=[.nan, 400]", "model.hu_window.0"),
+        ("data.spacing_mm=[0.001, 0.001, 0.001]", "data.spacing_mm.0"),
+        ("data.spacing_mm=[1, 700, 1]", "data.spacing_mm.1"),
         ("data.patch.shape_zyx=[0, 16, 16]", "data.patch.shape_zyx.0"),
         ("data.patch.shape_zyx=[16, 16]", "data.patch.shape_zyx.2"),
         ("loss.name=dicee", "loss.name"),

@@ -107,3 +107,9 @@ def test_a_single_slice_has_no_distance(tmp_path):
 def test_hu_are_not_guessed(tmp_path):
     write(tmp_path, lambda number, dataset: dataset.__delattr__("RescaleSlope"))
     assert refused(tmp_path, DataError).code == "rescale-missing"
+
+
+@pytest.mark.parametrize("spacing", [[7e-4, 7e-4], [700, 700]])
+def test_pixels_in_metres_or_microns_are_refused(tmp_path, spacing):
+    write(tmp_path, lambda number, dataset: setattr(dataset, "PixelSpacing", spacing))
+    assert refused(tmp_path).code == "spacing-implausible"
