@@ -2,11 +2,12 @@
 
 Slices are ordered by their position along the slice normal, never by InstanceNumber or file name, and
 their distance comes from the positions, never from SliceThickness. A series that is not one regular
-grid is refused: a missing or doubled slice would move every nodule above it. Messages name files
-relative to the folder, never a tag of the patient, and no UID (TCIA names folders so) but for its end.
+grid is refused: a missing or doubled slice would move every nodule above it.
 
-Fault -> behaviour (tests: tests/data/test_dicom*.py):
-  files that are no DICOM, localizers, other modalities   left out
+Fault -> behaviour (tests: tests/scan/test_dicom*.py):
+  localizers, reports, screen saves, other modalities     left out
+  files that cannot be read, links without a target       "dicom-unreadable", naming all of them
+  Modality or SeriesInstanceUID missing                   "tag-missing"
   preamble or file meta missing                           read
   JPEG lossless, JPEG-LS, JPEG 2000 (GDCM), RLE, deflated, big endian, implicit VR   read
   bits above BitsStored                                   masked out; PixelPaddingValue and range become air
@@ -22,46 +23,24 @@ Fault -> behaviour (tests: tests/data/test_dicom*.py):
 
 from __future__ import annotations
 
-import re
-import struct
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pydicom
-from pydicom.config import disable_value_validation
 from pydicom.dataset import FileDataset
-from pydicom.errors import BytesLengthException, InvalidDicomError
 from pydicom.pixels import get_decoder
-from pydicom.uid import (
-    EnhancedCTImageStorage,
-    ExplicitVRBigEndian,
-    ExplicitVRLittleEndian,
-    ImplicitVRLittleEndian,
-    MediaStorageDirectoryStorage,
-)
+from pydicom.uid import EnhancedCTImageStorage, ImplicitVRLittleEndian
 
 from lungseg.errors import DataError, GeometryError
 from lungseg.scan.plausible import require_spacing
+from lungseg.scan.series import BROKEN, broken, choose_series, find_series, read_dataset, shown
 from lungseg.scan.volume import AIR_HU, Geometry, Volume, vector
 
-UID = re.compile(r"\d+(?:\.\d+){4,}")
-DICOMDIR = MediaStorageDirectoryStorage
 THREADS = 4
-# How a data set without a preamble begins: an element of group 2 or 8, in either byte order.
-BARE_START = re.compile(
-    rb"\x02\0[\0\x10]\0|\x08\0[\0\x01\x05\x08\x16\x18]\0|\0\x08\0[\0\x01\x05\x08\x16\x18]"
-)
 IN_PLANE_TOLERANCE_MM = 0.1
 LATTICE_TOLERANCE = 0.1  # of the slice distance; positions are often written with few decimals
-# What pydicom raises on broken files, besides InvalidDicomError for a missing preamble.
-BROKEN = (
-    OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, struct.error,
-    BytesLengthException,
-)  # fmt: skip
 GEOMETRY_TAGS = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")
-HEADER_TAGS = ["Modality", "SeriesInstanceUID", "ImageType"]
 
 
 @dataclass(frozen=True)
@@ -74,40 +53,6 @@ class _Slice:
     hu: np.ndarray  # int16 [y, x]
 
 
-def find_series(folder: Path) -> dict[str, list[Path]]:
-    """Files of each CT series in `folder` and below, by series UID; localizers are left out.
-
-    Files that are clearly not DICOM (no preamble, and not named .dcm) and hidden files are ignored.
-    Raises DataError("folder-missing" or "dicom-unreadable").
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise DataError("folder-missing", folder=_shown(folder), remedy="give the folder of a DICOM series")
-    series: dict[str, list[Path]] = {}
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
-    with disable_value_validation():  # its warnings quote values, so also names
-        for path in files:
-            header = _dataset(path, folder, HEADER_TAGS)
-            try:
-                uid = "" if header is None else _ct_series(header)
-            except BROKEN as error:  # pydicom reads a value only when it is asked for
-                raise _broken(path, folder) from error
-            if uid:
-                series.setdefault(uid, []).append(path)
-    return series
-
-
-def _ct_series(header: FileDataset) -> str:
-    """The UID of the CT series that a file belongs to; "" for a localizer, a DICOMDIR, another modality."""
-    if header.file_meta.get("MediaStorageSOPClassUID") == DICOMDIR:
-        return ""
-    if not header.get("Modality") or not header.get("SeriesInstanceUID"):
-        # Cut short within the header: to leave it out could lose the last slice silently.
-        raise ValueError("no modality, or no series")
-    wanted = header.Modality == "CT" and "LOCALIZER" not in (header.get("ImageType") or ())
-    return str(header.SeriesInstanceUID) if wanted else ""
-
-
 def read_series(folder: Path, series_uid: str | None = None) -> Volume:
     """The CT series of `folder`, or the one of `series_uid` where there are several.
 
@@ -115,82 +60,22 @@ def read_series(folder: Path, series_uid: str | None = None) -> Volume:
     rounded and clipped to int16. The z axis is the slice normal, (row) x (column).
 
     Raises DataError: "folder-missing", "series-none", "series-ambiguous", "series-missing",
-    "dicom-unreadable", "transfer-syntax", "pixels-unreadable", "slice-not-2d", "rescale-missing".
+    "dicom-unreadable", "tag-missing", "transfer-syntax", "pixels-unreadable", "slice-not-2d",
+    "rescale-missing".
     Raises GeometryError: "geometry-missing", "slices-mixed", "orientation-invalid", "slices-too-few",
     "slices-duplicate", "slices-missing", "gantry-tilt", "slices-irregular", "spacing-implausible".
     """
     folder = Path(folder)
-    files = _choose(find_series(folder), folder, series_uid)
+    files = choose_series(find_series(folder), folder, series_uid)
     with ThreadPoolExecutor(THREADS) as pool:
         slices = list(pool.map(lambda path: _read_slice(path, folder), files))
     return _stack(slices)
 
 
-def _choose(series: dict[str, list[Path]], folder: Path, series_uid: str | None) -> list[Path]:
-    if not series:
-        raise DataError(
-            "series-none", folder=_shown(folder), remedy="give a folder with CT slices in DICOM format"
-        )
-    if series_uid is not None:
-        if series_uid not in series:
-            raise DataError(
-                "series-missing", folder=_shown(folder), remedy="ask for a series that is in the folder"
-            )
-        return series[series_uid]
-    if len(series) > 1:
-        listing = "; ".join(
-            f"{number}: {len(files)} slices, first {_shown(files[0].relative_to(folder))}"
-            for number, files in enumerate(series.values(), 1)
-        )
-        remedy = "give a folder that holds one series only"
-        raise DataError("series-ambiguous", folder=_shown(folder), message=listing, remedy=remedy)
-    return next(iter(series.values()))
-
-
-def _dataset(path: Path, folder: Path, tags: list[str] | None = None) -> FileDataset | None:
-    """The data set of a file, or None if it is clearly not DICOM."""
-    try:
-        return pydicom.dcmread(path, stop_before_pixels=tags is not None, specific_tags=tags)
-    except InvalidDicomError as error:
-        with path.open("rb") as file:
-            bare = BARE_START.match(file.read(4))
-        if bare:
-            return _bare_dataset(path, folder, tags)
-        if path.suffix.lower() != ".dcm":
-            return None
-        raise _broken(path, folder) from error
-    except BROKEN as error:
-        raise _broken(path, folder) from error
-
-
-def _bare_dataset(path: Path, folder: Path, tags: list[str] | None) -> FileDataset:
-    """The data set of a file without a preamble; its encoding is what pydicom found it to be."""
-    try:
-        dataset = pydicom.dcmread(path, stop_before_pixels=tags is not None, specific_tags=tags, force=True)
-    except BROKEN as error:
-        raise _broken(path, folder) from error
-    if "TransferSyntaxUID" not in dataset.file_meta:
-        implicit, little = dataset.original_encoding
-        explicit = ExplicitVRLittleEndian if little else ExplicitVRBigEndian
-        dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else explicit
-    return dataset
-
-
-def _broken(path: Path, folder: Path) -> DataError:
-    return DataError(
-        "dicom-unreadable", file=_shown(path.relative_to(folder)), remedy="fetch this file again"
-    )
-
-
-def _shown(path: Path) -> str:
-    return UID.sub(lambda uid: "…" + uid[0][-6:], str(path))
-
-
 def _read_slice(path: Path, folder: Path) -> _Slice:
-    name = _shown(path.relative_to(folder))
-    dataset = _dataset(path, folder)
-    assert dataset is not None  # find_series has read its header
+    name = shown(path.relative_to(folder))
     try:
+        dataset = read_dataset(path)
         frames = str(dataset.get("NumberOfFrames") or 1)
         if frames != "1" or dataset.get("SOPClassUID") == EnhancedCTImageStorage:
             raise _not_2d(name, f"{frames} frames")
@@ -206,7 +91,7 @@ def _read_slice(path: Path, folder: Path) -> _Slice:
         hu = _hu(dataset, name)
         return _Slice(name, str(dataset.get("SOPInstanceUID")), position, orientation, pixel_mm, hu)
     except BROKEN as error:  # values that are no numbers, or too few
-        raise _broken(path, folder) from error
+        raise broken(path, folder) from error
 
 
 def _hu(dataset: FileDataset, name: str) -> np.ndarray:
@@ -311,7 +196,7 @@ def _stack(slices: list[_Slice]) -> Volume:
 
 
 def _without_copies(slices: list[_Slice]) -> list[_Slice]:
-    """The slices without second copies of a file: copies agree in UID, place and every pixel."""
+    """The slices without second copies of a file: copies agree in UID, position and every pixel."""
     kept: dict[str, _Slice] = {}
     others = []
     for one in slices:

@@ -21,8 +21,9 @@ from pydicom.errors import InvalidDicomError
 from lungseg.config import LidcConfig
 from lungseg.dataset.case import Exclusion, LabelledScan, stamp_of
 from lungseg.errors import DataError
-from lungseg.scan.dicom import BROKEN, read_series
+from lungseg.scan.dicom import read_series
 from lungseg.scan.identity import case_id, case_key
+from lungseg.scan.series import BROKEN
 from lungseg.scan.volume import Geometry, Volume
 from lungseg.sources import pylidc_compat
 from lungseg.sources.marks import Mark, label, read_marks, soft_mask

@@ -25,7 +25,8 @@ import pydicom
 from pydicom.errors import InvalidDicomError
 
 from lungseg.errors import LungsegError
-from lungseg.scan.dicom import BROKEN, find_series, read_series
+from lungseg.scan.dicom import read_series
+from lungseg.scan.series import BROKEN, find_series
 from lungseg.scan.volume import Geometry
 from lungseg.sources.phantom.write import write_series
 

@@ -12,11 +12,17 @@ from pydicom.dataset import Dataset
 from pydicom.uid import (
     MPEG2MPML,
     MediaStorageDirectoryStorage,
+    MultiFrameGrayscaleByteSecondaryCaptureImageStorage,
     RLELossless,
+    SecondaryCaptureImageStorage,
+    XRayRadiationDoseSRStorage,
+    generate_uid,
 )
 
 from lungseg.errors import DataError, LungsegError
-from lungseg.scan.dicom import find_series, read_series
+from lungseg.scan.dicom import read_series
+from lungseg.scan.series import find_series
+from lungseg.telemetry import log
 
 
 def test_several_series_are_listed_by_number_and_one_can_be_chosen(tmp_path):
@@ -57,6 +63,85 @@ def test_what_is_no_ct_slice_is_left_out(tmp_path):
     save(slice_of(hu[0], Modality="PR"), tmp_path / "presentation.dcm")
     save(slice_of(hu[0], ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"]), tmp_path / "scout.dcm")
     assert np.array_equal(read_series(tmp_path).volume_hu, hu)
+
+
+def test_a_study_with_reports_and_screen_saves_gives_its_scan(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(log("data").parent, "propagate", True)
+    hu = write(tmp_path / "chest")
+    page = {
+        "series": OTHER,
+        "ImagePositionPatient": None,
+        "ImageType": ["DERIVED", "SECONDARY", "SCREEN SAVE"],
+    }
+    save(slice_of(hu[0], SOPClassUID=SecondaryCaptureImageStorage, **page), tmp_path / "dose" / "0.dcm")
+    page["SOPClassUID"] = MultiFrameGrayscaleByteSecondaryCaptureImageStorage
+    save(slice_of(hu[0], **page), tmp_path / "dose" / "1.dcm")
+    report = slice_of(hu[0], Modality="SR", SOPClassUID=XRayRadiationDoseSRStorage)
+    del report.PixelData
+    save(report, tmp_path / "dose" / "report.dcm")
+    assert np.array_equal(read_series(tmp_path).volume_hu, hu)
+    assert caplog.text == ""
+    save(slice_of(hu[0], series=generate_uid(), ImagePositionPatient=None), tmp_path / "protocol.dcm")
+    assert np.array_equal(read_series(tmp_path).volume_hu, hu)
+    assert "1 DICOM images without a position are left out" in caplog.text
+
+
+def test_a_captured_image_within_the_series_is_left_out_and_a_slice_without_position_is_not(tmp_path):
+    hu = write(tmp_path)
+    save(
+        slice_of(hu[0], ImagePositionPatient=None, SOPClassUID=SecondaryCaptureImageStorage),
+        tmp_path / "6.dcm",
+    )
+    assert np.array_equal(read_series(tmp_path).volume_hu, hu)
+    save(slice_of(hu[0], ImagePositionPatient=None), tmp_path / "7.dcm")
+    assert refused(tmp_path).code == "geometry-missing"
+
+
+@pytest.mark.parametrize("name", ["5", "1.2.840.113", "5.ima", "5.dcm.part", "IM0005"])
+@pytest.mark.parametrize("content", [b"", b"\0" * 200, b"<html>503</html>", "cut"])
+def test_any_file_among_slices_that_cannot_be_read_is_refused_by_name(tmp_path, name, content):
+    write(tmp_path)
+    last = tmp_path / "5.dcm"
+    kept = last.read_bytes()[:400] if content == "cut" else content
+    last.unlink()
+    (tmp_path / name).write_bytes(kept)
+    error = refused(tmp_path, DataError)
+    assert (error.code, error.where["file"]) == ("dicom-unreadable", name)
+
+
+def test_all_files_that_cannot_be_read_are_told(tmp_path):
+    write(tmp_path)
+    for number in range(2, 6):
+        (tmp_path / f"{number}.dcm").rename(tmp_path / f"IM{number}")
+        (tmp_path / f"IM{number}").write_bytes(b"")
+    error = refused(tmp_path, DataError)
+    assert error.message == "4 of 6 files could not be read"
+    assert error.where["files"] == "IM2, IM3, IM4, IM5"
+
+
+def test_links_are_followed_once_and_a_dangling_one_is_a_lost_slice(tmp_path):
+    hu = write(tmp_path / "store" / "a")
+    study = tmp_path / "study"
+    (study / "part").mkdir(parents=True)
+    for number in range(3):
+        (study / "part" / f"{number}.dcm").symlink_to(tmp_path / "store" / "a" / f"{number}.dcm")
+    for number in range(3, 6):
+        (tmp_path / "store" / "b").mkdir(exist_ok=True)
+        (tmp_path / "store" / "a" / f"{number}.dcm").rename(tmp_path / "store" / "b" / f"{number}.dcm")
+    (study / "rest").symlink_to(tmp_path / "store" / "b")
+    (tmp_path / "store" / "b" / "loop").symlink_to(study)
+    assert np.array_equal(read_series(study).volume_hu, hu)
+    (tmp_path / "store" / "a" / "0.dcm").unlink()
+    error = refused(study, DataError)
+    assert (error.code, error.where["file"]) == ("dicom-unreadable", "part/0.dcm")
+
+
+@pytest.mark.parametrize("tag", ["Modality", "SeriesInstanceUID"])
+def test_what_an_anonymiser_took_is_named(tmp_path, tag):
+    write(tmp_path, lambda number, dataset: delattr(dataset, tag))
+    error = refused(tmp_path, DataError)
+    assert (error.code, error.where["file"]) == ("tag-missing", "0.dcm")
+    assert error.where["tags"].startswith(tag + " (00")
 
 
 def test_no_series_at_all(tmp_path):
