@@ -24,6 +24,7 @@ from lungseg.config.stream import StreamConfig
 from lungseg.config.telemetry import TelemetryConfig
 from lungseg.config.train import CheckpointConfig, TrainConfig
 from lungseg.config.tune import TuneConfig
+from lungseg.config.yaml12 import read_yaml
 from lungseg.errors import ConfigError
 
 
@@ -52,7 +53,7 @@ def load_recipe(path: Path | str | None = None, overrides: list[str] | tuple[str
     tree: dict[str, Any] = {}
     if path is not None:
         try:
-            loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            loaded = read_yaml(Path(path).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(
                 "recipe-missing", recipe=path, remedy=f"give a readable YAML file ({error})"
@@ -76,12 +77,20 @@ def parse_recipe(tree: dict[str, Any]) -> Recipe:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
-            remedy = f"did you mean {_nearest(field)}?"
-            raise ConfigError("field-unknown", field=field, remedy=remedy) from None
+            inside = first["input"]
+            while isinstance(inside, dict) and len(inside) == 1:  # of a section that is unknown itself
+                [(name, inside)] = inside.items()
+                field += f".{name}"
+            raise unknown_field(field) from None
         # pydantic says "Value error, …" for our own validators.
         detail = first["msg"].removeprefix("Value error, ")
         where = {"field": field, "value": first["input"] if field else ""}
-        raise ConfigError("field-invalid", message=detail, remedy="correct it", **where) from None
+        quotes = "put it in quotes, or " if first["type"] == "string_type" else ""
+        setting = max(
+            (name for name in field_names() if f"{field}.".startswith(f"{name}.")), key=len, default=""
+        )
+        remedy = f"{quotes}see `{f'lungseg settings {setting}'.rstrip()}`"
+        raise ConfigError("field-invalid", message=detail, remedy=remedy, **where) from None
 
 
 def field_names(model: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
@@ -94,11 +103,17 @@ def field_names(model: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
     return names
 
 
-def _nearest(field: str) -> str:
-    """The fields of the same last name, which stand in another section, or else the one most alike."""
-    names = field_names()
-    same = [name for name in names if name.rpartition(".")[2] == field.rpartition(".")[2]]
-    return " or ".join(same or difflib.get_close_matches(field, names, n=1, cutoff=0))
+def unknown_field(field: str) -> ConfigError:
+    """Its remedy names the field of that name in other letters, or those of the same last name in other
+    sections, or else the one most alike."""
+    names = {name.lower(): name for name in field_names()}
+    sought = field.lower()
+    last = sought.rpartition(".")[2]
+    same = [name for name in names if name.rpartition(".")[2] == last]
+    found = [sought] if sought in names else same or difflib.get_close_matches(sought, names, n=1, cutoff=0.5)
+    meant = " or ".join(names[name] for name in found)
+    remedy = f"did you mean {meant}?" if meant else "see `lungseg settings`"
+    return ConfigError("field-unknown", field=field, remedy=remedy)
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
@@ -114,8 +129,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
             )
         tree = child
     try:
-        tree[last] = yaml.safe_load(text)  # YAML 1.1 reads 1e-3 as text, which pydantic makes a number
+        tree[last] = read_yaml(text)
     except yaml.YAMLError as error:
-        raise ConfigError(
-            "override-syntax", override=override, remedy="the value must be valid YAML"
-        ) from error
+        detail = " ".join(str(error).split())
+        remedy = "the value must be valid YAML"
+        raise ConfigError("override-syntax", override=override, message=detail, remedy=remedy) from error

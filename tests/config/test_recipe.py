@@ -97,6 +97,11 @@ def test_there_are_recipes_for_lidc_for_crops_and_for_a_quick_check() -> None:
         ("segment.window_zyx=[32, 64, 64]", "segment", "window_zyx", (32, 64, 64)),
         ("tune.learning_rate=[1e-5, 1e-3]", "tune", "learning_rate", (1e-5, 1e-3)),
         ("tune.loss=[dice,bce]", "tune", "loss", ("dice", "bce")),
+        # YAML 1.1 would make 8, 90 and False of these
+        ("train.epochs=010", "train", "epochs", 10),
+        ("train.init_from=1:30", "train", "init_from", "1:30"),
+        ("train.init_from=off", "train", "init_from", "off"),
+        ("train.epochs=0x10", "train", "epochs", 16),
     ],
 )
 def test_an_override_is_a_yaml_value(override: str, section: str, field: str, value: object) -> None:
@@ -121,6 +126,10 @@ def test_overrides_reach_into_nested_sections_and_the_last_one_wins(tmp_path: Pa
         ("model.epochs=3", "did you mean train.epochs?"),
         ("data.lidc.min_reader=3", "did you mean data.lidc.min_readers?"),
         ("optimiser=1", "did you mean optimizer?"),
+        ("TRAIN.epochs=3", "did you mean train.epochs?"),
+        ("data.LIDC.Min_Readers=3", "did you mean data.lidc.min_readers?"),
+        ("optimiser.momentum=0.9", "did you mean optimizer.momentum?"),
+        ("1=3", "see `lungseg settings`"),
     ],
 )
 def test_an_unknown_field_is_answered_with_the_nearest(override: str, remedy: str) -> None:
@@ -136,7 +145,7 @@ def test_whatever_name_is_given_the_answer_is_a_name_that_exists(name: str) -> N
         error = refused(f"{name}=[[]]")
         assert error.code == "field-unknown"
         named = error.remedy.removeprefix("did you mean ").removesuffix("?").split(" or ")
-        assert set(named) <= set(field_names())
+        assert set(named) <= {*field_names(), "see `lungseg settings`"}
 
 
 @pytest.mark.parametrize(
@@ -145,6 +154,11 @@ def test_whatever_name_is_given_the_answer_is_a_name_that_exists(name: str) -> N
         ("train.epochs=0", "train.epochs"),
         ("train.epochs=many", "train.epochs"),
         ("train.epochs=2.5", "train.epochs"),
+        ("train.epochs=yes", "train.epochs"),
+        ("train.epochs=true", "train.epochs"),
+        ("train.max_minutes=off", "train.max_minutes"),
+        ("tune.width=[true, 8]", "tune.width"),
+        ("train.init_from=010", "train.init_from"),
         ("train.seed=-1", "train.seed"),
         ("optimizer.learning_rate=.inf", "optimizer.learning_rate"),
         ("optimizer.learning_rate=.nan", "optimizer.learning_rate"),
@@ -168,6 +182,19 @@ def test_a_value_out_of_bounds_is_refused_by_name(override: str, field: str) -> 
     error = refused(override)
     assert (error.code, error.where["field"]) == ("field-invalid", field)
     assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    ("override", "remedy"),
+    [
+        ("train.epochs=0", "see `lungseg settings train.epochs`"),
+        ("data.spacing_mm=[1, 1, x]", "see `lungseg settings data.spacing_mm`"),
+        ("data.pairs.label=-1", "see `lungseg settings data.pairs.label`"),
+        ("train.init_from=010", "put it in quotes, or see `lungseg settings train.init_from`"),
+    ],
+)
+def test_a_refused_value_is_answered_with_the_command_that_explains_it(override: str, remedy: str) -> None:
+    assert refused(override).remedy == remedy
 
 
 def test_the_global_batch_is_a_multiple_of_all_replicas() -> None:
@@ -194,6 +221,7 @@ def test_a_value_is_no_section(tmp_path: Path) -> None:
         (b"train: {epochs: 3", "recipe-syntax"),
         (b"- train\n", "recipe-syntax"),
         (b"\xff\xfe\x00", "recipe-missing"),
+        (b"train: {epochs: 3}\ntrain: {workers: 2}", "recipe-syntax"),
         (b"train: {epochs: !!python/object/apply:os.getcwd []}", "recipe-syntax"),
     ],
 )
