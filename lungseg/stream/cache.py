@@ -13,7 +13,6 @@ data set; it evicts only what no run has read for an hour.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import tempfile
 import time
@@ -98,6 +97,8 @@ class DiskCache:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
+        import fcntl  # only where there is a cache: not every system has it
+
         with (self._folder / "lock").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # which the kernel lets go of if this process dies
             yield
