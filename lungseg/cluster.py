@@ -47,7 +47,7 @@ def connect() -> Any:
             raise ConfigError("cluster-unreachable", RAY_ADDRESS=address, remedy=remedy) from error
         return ray
     # The workers' own output is a flood of TensorFlow's and Ray's notices; it stays in Ray's session
-    # folder, and our log lines come here by a file of their own.
+    # folder unless `-v` asks for it, and our log lines come here by a file of their own.
     log("cluster")  # our own logger is bound to standard error before the variable is set for the workers
     handle, path = tempfile.mkstemp(prefix="lungseg-", suffix=".log")
     os.close(handle)
@@ -71,7 +71,7 @@ def _start_local(ray: Any) -> None:
                 include_dashboard=False,
                 object_store_memory=_OBJECT_STORE_BYTES,
                 logging_level=logging.ERROR,
-                log_to_driver=False,
+                log_to_driver=log("cluster").isEnabledFor(logging.DEBUG),
             )
             return
         except Exception as error:

@@ -17,10 +17,15 @@ from lungseg.runs.best import Best
 from lungseg.sources import lidc
 from lungseg.sources.phantom.write import write_phantom
 from lungseg.storage import Store, keys, open_store, to_json
-from lungseg.telemetry import progress, quiet_tensorflow
+from lungseg.telemetry import progress, quiet_tensorflow, talks
 from lungseg.train.launch import train
 
 NAME = "demo"
+LEGEND = """\
+Dice: how far a mask and the true one are the same, 0 (nowhere) to 1 (everywhere); the mean over scans, over
+boxes around nodules, or over nodules, where only what touches a nodule counts. HU threshold: whatever is
+dense in the lungs, without a network. It finds each nodule, since those of phantoms are dense; but vessels
+and walls are dense too, which the whole scan shows."""
 SCANS, SEED = 12, 0
 
 
@@ -52,7 +57,7 @@ def run_demo(out: Path, store_uri: str) -> None:
     store = open_store(store_uri)
     seconds: dict[str, float] = {}
     recipe = demo_recipe()
-    print("lungseg demo: synthetic chest CT (no patients) around real LIDC contours", file=sys.stderr)
+    _say("lungseg demo: synthetic chest CT (no patients) around real LIDC contours")
     with _stage("phantom", seconds), progress("synthetic scans") as report:
         write_phantom(out / "dicom", SCANS, SEED, report)
     with _stage("prepare", seconds), progress("scans prepared") as report:
@@ -100,9 +105,14 @@ def _score(
     return scores
 
 
+def _say(text: str) -> None:
+    if talks():
+        print(text, file=sys.stderr, flush=True)
+
+
 @contextmanager
 def _stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
-    print(f"== {name}", file=sys.stderr, flush=True)
+    _say(f"== {name}")
     began = time.monotonic()
     yield
     seconds[name] = time.monotonic() - began
@@ -116,6 +126,7 @@ def _print_table(
     for key, title in titles.items():
         print(f"  {title:<31} {_show(scores['model'][key])}   {_show(scores['baseline'][key])}")
     print(f"  validation Dice on patches      {_show(best.val_dice)}   (epoch {best.epoch})")
+    print(LEGEND)
     print("\nseconds: " + ", ".join(f"{name} {spent:.0f}" for name, spent in seconds.items()), end="")
     print(f"; together {sum(seconds.values()):.0f}")
     print(f"best checkpoint: {store.uri}/{keys.checkpoint(keys.run_root(NAME), scores['checkpoint'])}")

@@ -160,8 +160,13 @@ def quiet_tensorflow() -> Iterator[None]:
     """For the import of TensorFlow and its first look for devices.
 
     Its C++ then writes notices about CPU features and absent GPUs to file descriptor 2, below any logger
-    and before any log level counts. They are dropped, unless the block fails for a reason that is not ours.
+    and before any log level counts. They are dropped, unless the block fails for a reason that is not ours,
+    or somebody asked for more log (`-v`).
     """
+    if log("tensorflow").isEnabledFor(logging.DEBUG):
+        with waiting("importing TensorFlow", 10):
+            yield
+        return
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     sys.stderr.flush()
     with open(os.dup(2), "w", encoding="utf-8") as terminal, tempfile.TemporaryFile() as notices:

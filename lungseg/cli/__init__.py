@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Sequence
 
 import typer
 
-# Each registers its verbs, in the order in which the help lists them.
-from lungseg.cli import data, machine, segmenting, training  # noqa: F401
+# Each registers its verbs.
+from lungseg.cli import data, machine, segmenting, settings, training  # noqa: F401
 from lungseg.cli.app import app
 from lungseg.cli.ends import INTERRUPTED, end, unexpected
 from lungseg.cluster import worker_lines
@@ -21,6 +22,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     Whatever fails ends in one line on standard error.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a locale may lack the letters of a path
+            stream.reconfigure(errors="backslashreplace")
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         code = app(given or ["--help"], prog_name="lungseg", standalone_mode=False)

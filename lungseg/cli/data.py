@@ -35,7 +35,7 @@ def phantom(
     scans: Annotated[int, typer.Option(min=1, help="How many scans.")] = 8,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same scans.")] = 0,
 ) -> None:
-    """Write synthetic chest CT as DICOM, with nodules painted from real LIDC contours."""
+    """Write synthetic chest CT as DICOM. Its nodules are painted from real LIDC contours."""
     from lungseg.sources.phantom.write import write_phantom
     from lungseg.telemetry import progress
 
@@ -113,7 +113,7 @@ def ids(
         list[Path], typer.Argument(metavar="INPUT...", help="Folders of pairs, or scans as of predict.")
     ],
 ) -> None:
-    """Show the case ids of scans, to find again what a report is about. Nothing is written."""
+    """Show the case ids of scans. So one finds again what a report is about; nothing is written."""
     from lungseg.scan.identity import case_id, case_key
     from lungseg.segment.inputs import case_name
     from lungseg.sources.layouts import read_layout

@@ -3,36 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-import typer
 
 from lungseg.cli.app import app
 from lungseg.cli.ends import end
-from lungseg.cli.options import (
-    STORE,
-    STORE_HELP,
-    Out,
-    StoreUri,
-)
+from lungseg.cli.options import STORE, OptionalStoreUri, Out, StoreUri
 from lungseg.show import table
-
-if TYPE_CHECKING:
-    pass
 
 
 @app.command()
 def demo(out: Out = Path("lungseg-demo"), store: StoreUri = STORE) -> None:
-    """The whole way on synthetic scans: DICOM, patches, training, evaluation, a segmented scan."""
+    """Go the whole way on synthetic scans. DICOM, patches, training, evaluation, a segmented scan."""
     from lungseg.demo import run_demo
 
     run_demo(out, store)
 
 
 @app.command()
-def doctor(
-    store: Annotated[str | None, typer.Option("--store", envvar="LUNGSEG_STORE", help=STORE_HELP)] = None,
-) -> None:
+def doctor(store: OptionalStoreUri = None) -> None:
     """Check this machine, and a store, for what lungseg needs."""
     from lungseg.doctor import examine
 

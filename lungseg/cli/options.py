@@ -21,8 +21,18 @@ def checked_name(text: str) -> str:
     return text
 
 
-STORE_HELP = "A folder or s3://bucket/prefix."
-StoreUri = Annotated[str, typer.Option("--store", envvar="LUNGSEG_STORE", help=STORE_HELP)]
+def checked_store(uri: str | None) -> str | None:
+    """An empty one, as an unset variable of a shell leaves it, is neither the default nor this folder."""
+    if uri == "":
+        raise ConfigError("store-uri", store=repr(uri), remedy="name a folder or s3://bucket/prefix")
+    return uri
+
+
+_STORE = typer.Option(
+    "--store", envvar="LUNGSEG_STORE", callback=checked_store, help="A folder or s3://bucket/prefix."
+)
+StoreUri = Annotated[str, _STORE]
+OptionalStoreUri = Annotated[str | None, _STORE]
 DataName = Annotated[str, typer.Option("--data", callback=checked_name, help="Name of the data set.")]
 RunName = Annotated[str, typer.Option("--run", callback=checked_name, help="Name of the run.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder for the results.")]
@@ -33,5 +43,8 @@ STORE = "./lungseg-store"
 
 def read_recipe(file: Path | None, overrides: list[str] | None) -> Recipe:
     from lungseg.config import load_recipe
+    from lungseg.telemetry import log
 
-    return load_recipe(file, overrides or [])
+    recipe = load_recipe(file, overrides or [])
+    log("settings").debug("all but defaults: %s", recipe.model_dump(mode="json", exclude_defaults=True))
+    return recipe

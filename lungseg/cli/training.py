@@ -34,7 +34,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run of this name.")] = False,
     new: Annotated[bool, typer.Option("--new", help="Begin the run of this name anew.")] = False,
 ) -> None:
-    """Train a network; checkpoints and the best model go to the store."""
+    """Train a network. Checkpoints and the best model go to the store."""
     from lungseg.storage import open_store
     from lungseg.train.launch import train as run_training
 
@@ -55,7 +55,7 @@ def tune(
     recipe: RecipeFile = None,
     overrides: Overrides = None,
 ) -> None:
-    """Search learning rate, loss and width; the best trial becomes the run's best."""
+    """Search learning rate, loss and width. The best trial becomes the run's best."""
     from lungseg.storage import open_store
     from lungseg.tune.search import tune as search
 
