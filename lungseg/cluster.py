@@ -48,6 +48,8 @@ def connect() -> Any:
         return ray
     # The workers' own output is a flood of TensorFlow's and Ray's notices; it stays in Ray's session
     # folder unless `-v` asks for it, and our log lines come here by a file of their own.
+    # No cloud takes a node of it away, and the process that would look for that costs each run seconds.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     log("cluster")  # our own logger is bound to standard error before the variable is set for the workers
     handle, path = tempfile.mkstemp(prefix="lungseg-", suffix=".log")
     os.close(handle)

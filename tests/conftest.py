@@ -20,6 +20,8 @@ from hypothesis import settings
 settings.register_profile("ci", derandomize=True, deadline=None)
 # Without it the tests would make a key in the home folder of who runs them.
 os.environ["LUNGSEG_CASE_KEY"] = "the key of the tests, no secret"
+# How long Ray Train sleeps between two looks at its workers: its 2 s come again at each start and end.
+os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.5"
 if os.environ.get("CI"):
     settings.load_profile("ci")
 # A shell lets what it starts in the background ignore Ctrl-C, and so would the commands that tests interrupt.

@@ -79,7 +79,6 @@ def fit(
     """
     ray = connect()
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
     cpus = cpus_per_worker(recipe, ray.nodes())
     resources: dict[str, float] = {"CPU": cpus}
@@ -90,7 +89,7 @@ def fit(
         tempfile.TemporaryDirectory(prefix="lungseg-ray-", ignore_cleanup_errors=True) as scratch,
         pushing(exporter, source, GROUP_METRICS, recipe.telemetry.push_seconds),
     ):
-        trainer = DataParallelTrainer(
+        trainer = _trainer_class()(
             _worker,
             train_loop_config={
                 "job": Job(store, root, attempt, manifest, recipe, init),
@@ -122,6 +121,26 @@ def fit(
             if ours:
                 raise ours from error
             raise
+
+
+def _trainer_class() -> Any:
+    """Ray's trainer without two helpers, each a process that imports pandas for seconds and has no work here.
+
+    One hands out data sets of Ray Data. The other frees the placement group of a controller that died, for
+    which it asks the dashboard, and a local Ray, which has none, dies with its driver.
+    """
+    from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+    local = not os.environ.get("RAY_ADDRESS")
+    idle = DatasetsCallback | PlacementGroupCleanerCallback if local else DatasetsCallback
+
+    class Trainer(DataParallelTrainer):
+        def _create_default_callbacks(self) -> list[Any]:
+            return [one for one in super()._create_default_callbacks() if not isinstance(one, idle)]
+
+    return Trainer
 
 
 def _backend_config() -> Any:

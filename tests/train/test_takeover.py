@@ -43,9 +43,10 @@ def test_a_run_outlives_the_node_of_its_worker(balls: Any, undisturbed: str, tmp
 
 @pytest.mark.slow
 def test_a_worker_whose_node_drains_commits_within_the_epoch_and_goes_on_elsewhere(
-    balls: Any, ray_cluster: Any, tmp_path: Path
+    balls: Any, ray_cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ray is told as by its autoscaler; as on a cloud, somebody else ends the node. No failure may count."""
+    monkeypatch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1")  # as on a cluster
     run = "drained-node"
 
     def drain() -> None:
