@@ -16,5 +16,5 @@ class LossConfig(Frozen):
     focal_gamma: float = Field(2.0, ge=0, description="how little easy voxels count in focal losses")
     tversky_alpha: Share = Field(0.3, description="weight of false positives; misses weigh 1 - alpha")
     reduction: Literal["sample", "batch"] = Field(
-        "batch", description="Dice and Tversky of each patch, or of all patches as one volume"
+        "batch", description="Dice and Tversky of each patch, or of the global batch as one volume"
     )

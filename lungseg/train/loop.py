@@ -31,7 +31,7 @@ from lungseg.telemetry import count_step, log, log_wait, show_step
 from lungseg.train.job import Job, Session
 from lungseg.train.notice import heed_sigterm_again
 from lungseg.train.record import Recorder, diverged
-from lungseg.train.step import Placed, Stepper, ValSums
+from lungseg.train.step import OnDevices, Stepper, ValSums
 from lungseg.train.strategy import make_strategy
 
 _log = log("train")
@@ -110,17 +110,17 @@ class _Feed:
     """Batches on the devices, each copied there while the step before it runs: a step on GPUs is only begun
     by the call that trains."""
 
-    def __init__(self, batches: Iterator[Batch], place: Callable[[Batch], Placed]) -> None:
-        self._batches, self._place = batches, place
-        self._ahead: Placed | None = None
+    def __init__(self, batches: Iterator[Batch], distribute: Callable[[Batch], OnDevices]) -> None:
+        self._batches, self._distribute = batches, distribute
+        self._ahead: OnDevices | None = None
 
-    def take(self) -> Placed:
-        taken = self._ahead or self._place(next(self._batches))
+    def take(self) -> OnDevices:
+        taken = self._ahead or self._distribute(next(self._batches))
         self._ahead = None
         return taken
 
     def fill(self) -> None:
-        self._ahead = self._ahead or self._place(next(self._batches))
+        self._ahead = self._ahead or self._distribute(next(self._batches))
 
 
 def _train(worker: _Worker, state: TrainState) -> None:
@@ -135,14 +135,14 @@ def _train(worker: _Worker, state: TrainState) -> None:
         world_size=session.world_size,
     )
     with open_stream(split="train", seed=config.seed, first_step=state.step) as stream:
-        feed = _Feed(iter(stream), worker.stepper.place)
+        feed = _Feed(iter(stream), worker.stepper.distribute)
         while not state.ended(config):
             # With minutes for its end, a run learns only on its way how many epochs they hold.
             last = max(state.last_epoch(config), state.epoch + 1)
             worker.stepper.plan(last * worker.steps_per_epoch)
             state = _epoch(worker, stream, feed, state)
             with open_stream(split="val", training=False) as val:
-                sums = sum((worker.stepper.validate(worker.stepper.place(batch)) for batch in val), ValSums())
+                sums = sum((worker.stepper.validate(worker.stepper.distribute(batch)) for batch in val), ValSums())
             # Clocks differ between ranks; all must stop after the same epoch.
             state = _advance(config, state, session.share(_metrics(worker, state, sums)))
             if worker.recorder:
@@ -230,7 +230,7 @@ def _leave(worker: _Worker, state: TrainState) -> NoReturn:
 
 def _metrics(worker: _Worker, state: TrainState, sums: ValSums) -> dict[str, float]:
     validated = worker.job.manifest.rows("val")
-    dice = {"val_dice": sums.dice(worker.job.recipe.train.val_dice)} if validated else {}
+    dice = {"val_dice": sums.dice(worker.job.recipe.train.val_dice_mode)} if validated else {}
     return {
         "epoch": state.epoch + 1,
         "loss": float(np.mean(state.losses)),

@@ -6,7 +6,7 @@ replicas hold equal weights and the result does not depend on how many there are
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import astuple, dataclass
 from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
@@ -17,7 +17,7 @@ import tensorflow as tf
 
 from lungseg.config import Recipe
 from lungseg.model.augment import augment
-from lungseg.model.losses import make_loss, supervise, target_and_weight
+from lungseg.model.losses import Loss, over_levels, target_and_weight
 from lungseg.model.unet import build_unet, by_member, with_probability
 from lungseg.runs.checkpoint import arrays, assign
 from lungseg.stream.patch_stream import Batch
@@ -47,7 +47,7 @@ class ValSums:
         return 2 * self.hit / total if total else 1.0
 
 
-class Placed(NamedTuple):
+class OnDevices(NamedTuple):
     """A batch on the devices: what every replica gets of image, mask and rows."""
 
     image: Any
@@ -73,7 +73,7 @@ class Stepper:
     def __init__(self, recipe: Recipe, strategy: tf.distribute.Strategy, total_steps: int) -> None:
         self.strategy = strategy
         self._recipe = recipe
-        self._loss = make_loss(recipe.loss)
+        self._loss = Loss(recipe.loss)
         keras.utils.set_random_seed(recipe.train.seed)
         self._scaled = keras.mixed_precision.dtype_policy().compute_dtype == "float16"
         with strategy.scope():
@@ -85,15 +85,21 @@ class Stepper:
             self.schedule = Schedule(recipe.optimizer, recipe.train.global_batch, total_steps)
             self.optimizer = make_optimizer(recipe.optimizer, self.schedule, scale_loss=self._scaled)
             self.optimizer.build(self._trained.trainable_variables)
-        gpus = bool(tf.config.list_logical_devices("GPU"))
-        xla = recipe.train.xla == "always" or (recipe.train.xla == "auto" and gpus)
-        self._gradients = tf.function(self._loss_and_gradients, jit_compile=xla)
+        config, shared = recipe.train, self._loss.of_batch and strategy.num_replicas_in_sync > 1
+        xla = config.xla == "always" or (config.xla == "auto" and config.gpus_per_worker > 0)
+        # Replicas that share a loss meet between measuring and the gradient, and XLA compiles no meeting.
+        self._total = self._over_replicas if shared else tf.identity
+        self._measured = tf.function(self._measure, jit_compile=xla) if shared else self._measure
+        compiled = tf.function(self._loss_and_gradients, jit_compile=xla)
+        self._gradients = self._loss_and_gradients if shared else compiled
 
-    def place(self, batch: Batch) -> Placed:
+    def distribute(self, batch: Batch) -> OnDevices:
         """This worker's rows, dealt out to its replicas in their order."""
         local = self.strategy.num_replicas_in_sync // _workers(self.strategy)
         rows = np.arange(batch.first_row, batch.first_row + len(batch.mask), dtype=np.int64)
-        share = len(rows) // local
+        share, left = divmod(len(rows), local)
+        if left:
+            raise ValueError(f"{len(rows)} rows cannot be dealt out to {local} replicas")
 
         def part(array: np.ndarray) -> Any:
             def of(context: Any) -> tf.Tensor:
@@ -102,14 +108,14 @@ class Stepper:
 
             return self.strategy.experimental_distribute_values_from_function(of)
 
-        return Placed(part(batch.image_hu), part(batch.mask), part(rows), tf.constant(batch.step, tf.int64))
+        return OnDevices(part(batch.image_hu), part(batch.mask), part(rows), tf.constant(batch.step, tf.int64))
 
-    def train(self, placed: Placed) -> Measured:
+    def train(self, on_devices: OnDevices) -> Measured:
         """Update the weights once."""
-        return Measured(*self._train(*placed))
+        return Measured(*self._train(*on_devices))
 
-    def validate(self, placed: Placed) -> ValSums:
-        return ValSums(*(float(total) for total in self._validate(placed.image, placed.mask)))
+    def validate(self, on_devices: OnDevices) -> ValSums:
+        return ValSums(*(float(total) for total in self._validate(on_devices.image, on_devices.mask)))
 
     def learning_rate(self, step: int) -> float:
         return float(self.schedule(step))
@@ -184,13 +190,29 @@ class Stepper:
         """This replica's part of the mean over the global batch and an ensemble's members; the gradients
         times `scale`, of each member's loss as if it were alone."""
         with tf.GradientTape() as tape:
-            members = by_member(self._trained(hu, training=True), self._recipe.model)
-            losses = tf.add_n([supervise(self._loss, outputs, mask) for outputs in members])
+            losses = over_levels(self._loss.value(self._measured(hu, mask), self._total))
             loss = tf.reduce_sum(losses) / self._recipe.train.global_batch
             scaled = loss * scale
-        return loss / len(members), tape.gradient(
+        return loss / self._recipe.model.members, tape.gradient(
             scaled, [v.value for v in self._trained.trainable_variables]
         )
+
+    def _measure(self, hu: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
+        """float32 [members, levels, n, 4]: see Loss.measure."""
+        members = by_member(self._trained(hu, training=True), self._recipe.model)
+        return tf.stack([self._loss.supervise(outputs, mask) for outputs in members])
+
+    def _over_replicas(self, mine: tf.Tensor) -> tf.Tensor:
+        """The sum over all replicas. Each replica's loss is the same function of it, and the gradients of
+        all are added up: so that of one is this replica's own, times their number."""
+
+        @tf.custom_gradient
+        def total(mine: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor]]:
+            context = tf.distribute.get_replica_context()
+            everywhere = context.all_reduce(tf.distribute.ReduceOp.SUM, mine)
+            return everywhere, lambda upstream: upstream * self.strategy.num_replicas_in_sync
+
+        return total(mine)
 
     def _average(self, step: tf.Tensor) -> None:
         """Move the average towards the weights; faster at first, when they are far from any good."""

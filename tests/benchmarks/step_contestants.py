@@ -48,7 +48,7 @@ def lungseg(side: int, batch: int, precision: str) -> Callable[[], float]:
     set_precision(recipe.train)
     stepper = Stepper(recipe, strategy, 1000)
     image_hu, mask = patches(side, batch)
-    return lambda: float(stepper.train(stepper.place(Batch(0, 0, image_hu, mask))).loss)
+    return lambda: float(stepper.train(stepper.distribute(Batch(0, 0, image_hu, mask))).loss)
 
 
 def torch(side: int, batch: int, precision: str) -> Callable[[], float]:

@@ -13,7 +13,7 @@ import pytest
 import tensorflow as tf
 
 from lungseg.config import LossConfig, ModelConfig
-from lungseg.model.losses import make_loss
+from lungseg.model.losses import Loss
 from lungseg.model.unet import HuWindow, build_unet, by_member, with_probability
 from lungseg.runs.checkpoint import arrays
 from lungseg.runs.export import export_model
@@ -166,7 +166,7 @@ def test_it_learns_four_balls_by_heart() -> None:
     mask = np.stack([np.linalg.norm(grid - c, axis=-1) <= r for c, r in zip(centres, radii, strict=True)])
     image = np.where(mask, 0, -800) + random.normal(0, 60, mask.shape)
     hu, target = tf.constant(image[..., None], tf.float32), tf.constant(mask[..., None], tf.uint8)
-    model, loss = build_unet(TINY), make_loss(LossConfig(name="dice_bce"))
+    model, loss = build_unet(TINY), Loss(LossConfig(name="dice_bce"))
     optimizer = keras.optimizers.Adam(0.01)
     optimizer.build(model.trainable_variables)
 
