@@ -26,14 +26,14 @@ class TrainConfig(Frozen):
     global_batch: int = Field(4, ge=1, description="patches of one step over all replicas")
     workers: int = Field(1, ge=1, description="Ray Train workers, one a node")
     cpus_per_worker: int | None = Field(None, ge=1, description="default: all cores of the smallest node")
-    gpus_per_worker: int = Field(0, ge=0, description="all GPUs of a node; 0 trains on CPU")
+    gpus_per_worker: int = Field(0, ge=0, description="of each worker, which must have them; 0 trains on CPU")
     logical_cpu_devices: int = Field(1, ge=1, description="replicas of one CPU worker, to try out mirroring")
     precision: Literal["auto", "float32", "mixed_bfloat16", "mixed_float16"] = Field(
         "auto", description="auto: bfloat16 where the hardware multiplies it, else float16 on GPUs"
     )
     xla: Literal["auto", "always", "never"] = Field("auto", description="auto: on GPUs; on CPUs it is slower")
     seed: Seed = Field(0, description="of the weights, the order of patches and the augmentation")
-    val_dice: Literal["pooled", "patches"] = Field(
+    val_dice_mode: Literal["pooled", "patches"] = Field(
         "pooled", description="of all patches as one volume, or mean over those that hold a nodule"
     )
     publish: Literal["best", "last"] = Field(
@@ -49,9 +49,15 @@ class TrainConfig(Frozen):
         10, ge=1, description="logging waits for the device; notices are heeded then"
     )
 
+    @property
+    def replicas_per_worker(self) -> int:
+        return self.gpus_per_worker or self.logical_cpu_devices
+
     @model_validator(mode="after")
-    def _batch_divides(self) -> TrainConfig:
-        replicas = self.workers * max(1, self.gpus_per_worker or self.logical_cpu_devices)
+    def _devices_go_together(self) -> TrainConfig:
+        if self.logical_cpu_devices > 1 and (self.workers > 1 or self.gpus_per_worker):
+            raise ValueError("logical_cpu_devices is for one worker without GPUs: set it to 1")
+        replicas = self.workers * self.replicas_per_worker
         if self.global_batch % replicas:
             raise ValueError(f"global_batch {self.global_batch} must be a multiple of {replicas} replicas")
         return self

@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any, NoReturn
 
 from lungseg.cluster import connect
-from lungseg.config import Recipe
+from lungseg.config import Recipe, TrainConfig
 from lungseg.dataset.manifest import Manifest, load_manifest
 from lungseg.errors import ConfigError, LungsegError, RunError, StorageError
 from lungseg.exporter import Source, count_restart, pushing, start_exporter
@@ -35,8 +35,8 @@ _held: list[socket.socket] = []
 def train(store: Store, data: str, run: str, recipe: Recipe, mode: Mode = "fresh") -> Best:
     """Train to the end and return the pointer to the run's published checkpoint.
 
-    Raises DataError("data-missing"), RunError("run-exists", "run-differs"), ConfigError("too-few-cpus"),
-    and what a worker raised after `train.max_failures` restarts.
+    Raises DataError("data-missing"), RunError("run-exists", "run-differs"), ConfigError("gpus-missing",
+    "too-few-cpus"), and what a worker raised after `train.max_failures` restarts.
     """
     manifest = load_manifest(store, data)
     recipe = on_data(recipe, manifest)
@@ -44,7 +44,7 @@ def train(store: Store, data: str, run: str, recipe: Recipe, mode: Mode = "fresh
     ended = _ended(store, run, manifest, recipe) if mode == "resume" else None
     if ended:
         return ended
-    cpus_per_worker(recipe, connect().nodes())  # a run that cannot start must not claim the name
+    worker_resources(recipe.train, connect().nodes())  # a run that cannot start must not claim the name
     opened = open_run(store, run, manifest, recipe, mode)
     fit(store, keys.run_root(run), opened.attempt, manifest, recipe, init=opened.init)
     best = Checkpoints(store, keys.run_root(run)).best()
@@ -80,10 +80,7 @@ def fit(
     ray = connect()
     from ray.train import FailureConfig, RunConfig, ScalingConfig
 
-    cpus = cpus_per_worker(recipe, ray.nodes())
-    resources: dict[str, float] = {"CPU": cpus}
-    if recipe.train.gpus_per_worker:
-        resources["GPU"] = recipe.train.gpus_per_worker
+    resources = worker_resources(recipe.train, ray.nodes())
     exporter, source = start_exporter(recipe.telemetry), _source(root)
     with (
         tempfile.TemporaryDirectory(prefix="lungseg-ray-", ignore_cleanup_errors=True) as scratch,
@@ -93,14 +90,14 @@ def fit(
             _worker,
             train_loop_config={
                 "job": Job(store, root, attempt, manifest, recipe, init),
-                "threads": cpus,
+                "threads": resources["CPU"],
                 "settled": bool(callbacks),
                 "metrics": (exporter, source),
             },
             backend_config=_backend_config(),
             scaling_config=ScalingConfig(
                 num_workers=recipe.train.workers,
-                use_gpu=bool(recipe.train.gpus_per_worker),
+                use_gpu="GPU" in resources,
                 resources_per_worker=resources,
                 placement_strategy="SPREAD",
             ),
@@ -235,25 +232,38 @@ def _interruptible() -> Iterator[None]:
             signal.signal(signal.SIGINT, before)
 
 
-def cpus_per_worker(recipe: Recipe, nodes: Sequence[dict[str, Any]]) -> int:
-    """Cores of the smallest node that takes workers, shared by the workers that must share it.
+def worker_resources(config: TrainConfig, nodes: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """What each worker is given: "CPU", the cores of the smallest node that takes workers, shared by those
+    that must share it, and "GPU" where the recipe asks for any. `nodes` are as Ray lists them.
 
-    Raises ConfigError("too-few-cpus") rather than let Ray wait for ever for cores that no node has.
+    Raises ConfigError("gpus-missing", "too-few-cpus") rather than let Ray wait for ever for what no node has.
     """
-    cores = [int(node["Resources"].get("CPU", 0)) for node in nodes if node["Alive"]]
-    cores = [count for count in cores if count] or [0]
-    per_node = -(-recipe.train.workers // len(cores))
-    available = min(cores) // per_node
-    wanted = recipe.train.cpus_per_worker or available
-    if wanted < 1 or sum(count // wanted for count in cores) < recipe.train.workers:
+    there = [node["Resources"] for node in nodes if node["Alive"]]
+    gpus = [int(node.get("GPU", 0)) for node in there]
+    asked, workers = config.gpus_per_worker, config.workers
+    takes = [count // asked if asked else workers for count in gpus]  # workers, for all its GPUs
+    if asked and sum(takes) < workers:
+        raise ConfigError(
+            "gpus-missing",
+            workers=workers,
+            gpus_per_worker=asked,
+            cluster_gpus=sum(gpus),
+            most_on_a_node=max(gpus, default=0),
+            remedy="lower train.workers or train.gpus_per_worker, add nodes, or train on CPUs with 0",
+        )
+    able = [(int(node.get("CPU", 0)), most) for node, most in zip(there, takes, strict=True)]
+    able = [(cores, most) for cores, most in able if cores and most] or [(0, 0)]
+    per_node = -(-workers // len(able))
+    wanted = config.cpus_per_worker or min(cores for cores, _ in able) // per_node
+    if wanted < 1 or sum(min(cores // wanted, most) for cores, most in able) < workers:
         raise ConfigError(
             "too-few-cpus",
-            workers=recipe.train.workers,
-            cpus_per_worker=recipe.train.cpus_per_worker or 1,
-            cluster_cpus=sum(cores),
+            workers=workers,
+            cpus_per_worker=config.cpus_per_worker or 1,
+            cluster_cpus=sum(cores for cores, _ in able),
             remedy="lower train.workers or train.cpus_per_worker, or add nodes",
         )
-    return wanted
+    return {"CPU": wanted} | ({"GPU": asked} if asked else {})
 
 
 def _worker(config: dict[str, Any]) -> None:

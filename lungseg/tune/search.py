@@ -14,7 +14,7 @@ from lungseg.runs.fit import on_data
 from lungseg.runs.run import open_run, refuse_taken
 from lungseg.storage import Store, keys
 from lungseg.telemetry import log
-from lungseg.train.launch import cpus_per_worker, fit
+from lungseg.train.launch import fit, worker_resources
 from lungseg.tune.promote import Trial, promote, ranked
 
 
@@ -26,7 +26,7 @@ def tune(store: Store, data: str, run: str, recipe: Recipe, trials: int) -> list
     manifest = load_manifest(store, data)
     recipe = on_data(recipe, manifest)
     refuse_taken(store, run, "fresh")
-    cpus_per_worker(recipe, connect().nodes())  # a run that cannot start must not claim the name
+    worker_resources(recipe.train, connect().nodes())  # a run that cannot start must not claim the name
     attempt = open_run(store, run, manifest, recipe, "fresh", kind="tune").attempt
     root = keys.run_root(run)
     done = _search(store, root, attempt, manifest, recipe, trials)
@@ -48,9 +48,9 @@ def _search(
     from ray.tune.search.basic_variant import BasicVariantGenerator
 
     space, epochs = recipe.tune, recipe.train.epochs
-    cluster_cpus = int(ray.cluster_resources().get("CPU", 1))
-    per_trial = recipe.train.workers * cpus_per_worker(recipe, ray.nodes())
-    concurrent = space.concurrent_trials or max(1, cluster_cpus // per_trial)
+    each, there = worker_resources(recipe.train, ray.nodes()), ray.cluster_resources()
+    fits = min(int(there.get(kind, 0)) // (recipe.train.workers * count) for kind, count in each.items())
+    concurrent = space.concurrent_trials or max(1, fits)
 
     def trial(choice: dict[str, Any]) -> None:
         name = ray_tune.get_context().get_trial_id()

@@ -19,7 +19,7 @@ from helpers.train_watch import assert_same_end, lines, train_workers
 
 from lungseg.config import load_recipe
 from lungseg.errors import ConfigError, RunError
-from lungseg.train.launch import cpus_per_worker
+from lungseg.train.launch import worker_resources
 
 Moment = tuple[Callable[[set[str]], bool], signal.Signals]
 """What must be among the keys that the run has written so far, and the signal that its worker then gets."""
@@ -161,11 +161,15 @@ def test_our_own_errors_come_out_of_ray_as_themselves_and_are_not_tried_again(
     assert len(began) == 1
 
 
-def test_cores_that_the_cluster_lacks_are_an_error_before_the_name_is_taken(
-    balls: Any, ray_cluster: Any
+@pytest.mark.parametrize(
+    ("setting", "code"),
+    [("train.cpus_per_worker=1000", "too-few-cpus"), ("train.gpus_per_worker=4", "gpus-missing")],
+)
+def test_what_the_cluster_lacks_is_an_error_before_the_name_is_taken(
+    balls: Any, ray_cluster: Any, setting: str, code: str
 ) -> None:
-    with pytest.raises(ConfigError, match="too-few-cpus"):
-        balls.train("greedy", "train.cpus_per_worker=1000")
+    with pytest.raises(ConfigError, match=code):
+        balls.train("greedy", setting)
     assert not balls.store.exists("runs/greedy/run.json")
 
 
@@ -196,6 +200,34 @@ def test_workers_share_the_cores_of_their_nodes(
     nodes.append({"Alive": False, "Resources": {"CPU": 1.0}})
     if given is None:
         with pytest.raises(ConfigError, match="too-few-cpus"):
-            cpus_per_worker(recipe, nodes)
+            worker_resources(recipe.train, nodes)
     else:
-        assert cpus_per_worker(recipe, nodes) == given
+        assert worker_resources(recipe.train, nodes) == {"CPU": given}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "workers", "gpus", "given"),
+    [
+        ([(8, 4)], 1, 4, 8),
+        ([(8, 4)], 2, 2, 4),
+        ([(4, 0), (16, 2)], 1, 2, 16),  # a head without GPUs takes no worker, and bounds nobody's cores
+        ([(4, 0), (16, 2), (8, 2)], 2, 2, 8),
+        ([(16, 2)], 2, 1, 8),
+        ([(16, 0)], 1, 1, "gpus-missing"),
+        ([(16, 2), (16, 2)], 1, 4, "gpus-missing"),  # a worker is on one node
+        ([(16, 3)], 2, 2, "gpus-missing"),
+        ([(0, 4)], 1, 4, "too-few-cpus"),
+        ([], 1, 1, "gpus-missing"),
+    ],
+)
+def test_gpus_that_no_node_has_are_refused_and_cores_are_those_beside_them(
+    nodes: list[tuple[int, int]], workers: int, gpus: int, given: int | str
+) -> None:
+    settings = ["train.global_batch=4", f"train.workers={workers}", f"train.gpus_per_worker={gpus}"]
+    config = load_recipe(None, settings).train
+    listed = [{"Alive": True, "Resources": {"CPU": float(c), "GPU": float(g)}} for c, g in nodes]
+    if isinstance(given, str):
+        with pytest.raises(ConfigError, match=given):
+            worker_resources(config, listed)
+    else:
+        assert worker_resources(config, listed) == {"CPU": given, "GPU": gpus}
