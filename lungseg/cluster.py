@@ -5,7 +5,10 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import secrets
+import socket
 import tempfile
+import time
 from contextlib import ExitStack
 from typing import Any
 
@@ -22,6 +25,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
 
 _OBJECT_STORE_BYTES = 1 << 30
+_ANSWER_SECONDS = 12.0
 worker_lines = ExitStack()
 """Shows what workers on this machine log; closed at the end, or earlier by who wants the last word."""
 atexit.register(worker_lines.close)
@@ -31,20 +35,15 @@ def connect() -> Any:
     """Ray itself, initialised: with RAY_ADDRESS set (as in every `ray job submit`) on that cluster,
     else on a fresh local one. Calling it again is free.
 
-    Raises ConfigError("cluster-unreachable").
+    Raises ConfigError("cluster-address", "cluster-unreachable", "ray-folder").
     """
     import ray
 
     if ray.is_initialized():
         return ray
     address = os.environ.get("RAY_ADDRESS")
-    if address:
-        try:
-            with waiting("waiting for Ray", 5):
-                ray.init(logging_level=logging.WARNING, log_to_driver=True)
-        except (ConnectionError, TimeoutError) as error:
-            remedy = "start that Ray cluster, or unset RAY_ADDRESS to use this machine"
-            raise ConfigError("cluster-unreachable", RAY_ADDRESS=address, remedy=remedy) from error
+    if address and address != "local":
+        _join(ray, address)
         return ray
     # The workers' own output is a flood of TensorFlow's and Ray's notices; it stays in Ray's session
     # folder unless `-v` asks for it, and our log lines come here by a file of their own.
@@ -63,8 +62,50 @@ def connect() -> Any:
     return ray
 
 
+def _join(ray: Any, address: str) -> None:
+    try:
+        with waiting("waiting for Ray", 5):
+            _wait_for_answer(address)
+            ray.init(logging_level=logging.WARNING, log_to_driver=True)
+    except ValueError as error:
+        remedy = "set RAY_ADDRESS=HOST:6379, or auto on a node of the cluster; http:// is for `ray job submit`"
+        raise ConfigError("cluster-address", RAY_ADDRESS=address, remedy=remedy) from error
+    except OSError as error:
+        remedy = "start that Ray cluster, or unset RAY_ADDRESS to use this machine"
+        raise ConfigError(
+            "cluster-unreachable", RAY_ADDRESS=address, message=str(error), remedy=remedy
+        ) from error
+
+
+def _wait_for_answer(address: str) -> None:
+    """Return once somebody listens there: Ray itself would ask for a quarter of an hour. A head that is being
+    replaced has some seconds. Raises OSError, ValueError."""
+    from ray._private.services import canonicalize_bootstrap_address
+
+    if address.startswith("ray://"):  # a proxy, which answers at once or never
+        return
+    if "://" in address:
+        raise ValueError(address)
+    found = canonicalize_bootstrap_address(address)
+    if found is None:
+        raise ConnectionError("no Ray runs on this machine")
+    host, _, port = found.rpartition(":")
+    until = time.monotonic() + _ANSWER_SECONDS
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_SECONDS).close()
+            return
+        except OSError:
+            if time.monotonic() > until:
+                raise
+        time.sleep(0.5)
+
+
 def _start_local(ray: Any) -> None:
     """A busy machine may need longer than the 30 s that Ray grants its node to start: then try again."""
+    # Ray would keep a token of its own making in the home folder, which need not be there, nor be writable.
+    if "RAY_AUTH_TOKEN_PATH" not in os.environ:
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     for attempt in (1, 2, 3):
         try:
             ray.init(
@@ -76,8 +117,14 @@ def _start_local(ray: Any) -> None:
                 log_to_driver=log("cluster").isEnabledFor(logging.DEBUG),
             )
             return
+        except (ConnectionError, TimeoutError):
+            raise
+        except OSError as error:  # also of a path too long for a socket, which has 107 bytes
+            folder = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+            remedy = "set RAY_TMPDIR to a short path, such as /tmp, that this user may write to"
+            raise ConfigError("ray-folder", folder=folder, message=str(error), remedy=remedy) from error
         except Exception as error:
-            if attempt == 3 or "timed out during startup" not in str(error):
+            if attempt == 3 or type(error) is not Exception:  # which Ray raises for just that
                 raise
             log("cluster").warning("Ray did not start in time, trying again: %s", error)
             ray.shutdown()
