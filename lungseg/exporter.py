@@ -193,7 +193,7 @@ def _push_until(
 ) -> None:
     import ray
 
-    answer, told, last = None, False, False
+    answer, warned, last = None, False, False
     while not last:
         due.wait(every_seconds)
         due.clear()
@@ -203,9 +203,9 @@ def _push_until(
                 answer = _push_now(exporter, source, registry)
             ray.get(answer, timeout=_ANSWER_SECONDS)
         except ray.exceptions.RayError as error:
-            if not told:
+            if not warned:
                 _log.warning("metrics are not reaching their exporter; training goes on: %s", error)
-            told = True
+            warned = True
 
 
 def count_restart(exporter: Any | None, source: Source) -> None:
