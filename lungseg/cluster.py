@@ -68,7 +68,7 @@ def _join(ray: Any, address: str) -> None:
             _wait_for_answer(address)
             ray.init(logging_level=logging.WARNING, log_to_driver=True)
     except ValueError as error:
-        remedy = "set RAY_ADDRESS=HOST:6379, or auto on a node of the cluster; http:// is for `ray job submit`"
+        remedy = "set it to HOST:6379, or to auto on a node of the cluster; http:// is for `ray job submit`"
         raise ConfigError("cluster-address", RAY_ADDRESS=address, remedy=remedy) from error
     except OSError as error:
         remedy = "start that Ray cluster, or unset RAY_ADDRESS to use this machine"

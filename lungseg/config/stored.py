@@ -39,6 +39,8 @@ def _from_1(tree: dict[str, Any]) -> None:
     train = tree.get("train", {})
     if "val_dice" in train:
         train["val_dice_mode"] = train.pop("val_dice")
+    if train.get("workers", 1) > 1 or train.get("gpus_per_worker", 0):
+        train["logical_cpu_devices"] = 1  # it did nothing there, and is refused now
 
 
 _MIGRATIONS: dict[int, Callable[[dict[str, Any]], None]] = {1: _from_1}

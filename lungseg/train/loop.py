@@ -17,8 +17,8 @@ from typing import NoReturn
 import numpy as np
 import tensorflow as tf
 
-from lungseg.config import TrainConfig
-from lungseg.config.stored import store_recipe
+from lungseg.config import Recipe, TrainConfig
+from lungseg.config.stored import store_recipe, stored_recipe
 from lungseg.model.precision import set_precision
 from lungseg.runs.checkpoint import Checkpoint, Checkpoints
 from lungseg.runs.lease import claim
@@ -30,6 +30,7 @@ from lungseg.stream.patch_stream import Batch, PatchStream
 from lungseg.telemetry import count_step, log, log_wait, show_step
 from lungseg.train.job import Job, Session
 from lungseg.train.notice import heed_sigterm_again
+from lungseg.train.optimizer import rate_at
 from lungseg.train.record import Recorder, diverged
 from lungseg.train.step import OnDevices, Stepper, ValSums
 from lungseg.train.strategy import make_strategy
@@ -86,6 +87,7 @@ def run_worker(job: Job, session: Session) -> None:
             )  # fmt: skip
             log_wait("building the graph", 15)
         if recorder and found:
+            _tell_of_another_schedule(found.state, recipe, per_pass)
             recorder.resumed(found)
         began = time.monotonic() - state.seconds
         _train(_Worker(job, session, stepper, recorder, steps, began), state)
@@ -104,6 +106,21 @@ def _restore(job: Job, session: Session, checkpoints: Checkpoints, stepper: Step
     found = found or checkpoints.read(name)
     stepper.restore(found.weights, found.optimizer, name)
     return found
+
+
+def _tell_of_another_schedule(old: TrainState, recipe: Recipe, per_pass: int) -> None:
+    """As in Keras, the schedule is over all steps of the recipe: with more epochs the rate goes up again.
+    Where minutes end a run it moves anyway."""
+    was = stored_recipe(old.recipe)
+    if was.train.max_minutes or recipe.train.max_minutes:
+        return
+    last, planned = (rate_at(old.step - back, was, per_pass) for back in (1, 0))
+    now = rate_at(old.step, recipe, per_pass)
+    if not math.isclose(planned, now, rel_tol=1e-3):
+        _log.warning(
+            "the learning rate goes from %.3g to %.3g at step %d: its schedule ended with epoch %d, and now "
+            "ends with %d", last, now, old.step, was.train.epochs, recipe.train.epochs,
+        )  # fmt: skip
 
 
 class _Feed:
@@ -142,7 +159,8 @@ def _train(worker: _Worker, state: TrainState) -> None:
             worker.stepper.plan(last * worker.steps_per_epoch)
             state = _epoch(worker, stream, feed, state)
             with open_stream(split="val", training=False) as val:
-                sums = sum((worker.stepper.validate(worker.stepper.distribute(batch)) for batch in val), ValSums())
+                distributed = map(worker.stepper.distribute, val)
+                sums = sum(map(worker.stepper.validate, distributed), ValSums())
             # Clocks differ between ranks; all must stop after the same epoch.
             state = _advance(config, state, session.share(_metrics(worker, state, sums)))
             if worker.recorder:

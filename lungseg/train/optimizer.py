@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from lungseg.config import OptimizerConfig
+from lungseg.config import OptimizerConfig, Recipe
 
 
 class Schedule(keras.optimizers.schedules.LearningRateSchedule):
@@ -34,6 +34,12 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule):
             "polynomial": tf.pow(1 - done, self.config.power),
         }[self.config.schedule]
         return self.peak * tf.where(step < warmup, rising, falling)
+
+
+def rate_at(step: int, recipe: Recipe, steps_per_pass: int) -> float:
+    """The learning rate of that step where the recipe's epochs end the schedule."""
+    total = (recipe.train.steps_per_epoch or steps_per_pass) * recipe.train.epochs
+    return float(Schedule(recipe.optimizer, recipe.train.global_batch, total)(step))
 
 
 def make_optimizer(config: OptimizerConfig, schedule: Schedule, *, scale_loss: bool) -> Any:

@@ -88,7 +88,7 @@ class Stepper:
         config, shared = recipe.train, self._loss.of_batch and strategy.num_replicas_in_sync > 1
         xla = config.xla == "always" or (config.xla == "auto" and config.gpus_per_worker > 0)
         # Replicas that share a loss meet between measuring and the gradient, and XLA compiles no meeting.
-        self._total = self._over_replicas if shared else tf.identity
+        self._total = over_replicas if shared else tf.identity
         self._measured = tf.function(self._measure, jit_compile=xla) if shared else self._measure
         compiled = tf.function(self._loss_and_gradients, jit_compile=xla)
         self._gradients = self._loss_and_gradients if shared else compiled
@@ -108,7 +108,8 @@ class Stepper:
 
             return self.strategy.experimental_distribute_values_from_function(of)
 
-        return OnDevices(part(batch.image_hu), part(batch.mask), part(rows), tf.constant(batch.step, tf.int64))
+        step = tf.constant(batch.step, tf.int64)
+        return OnDevices(part(batch.image_hu), part(batch.mask), part(rows), step)
 
     def train(self, on_devices: OnDevices) -> Measured:
         """Update the weights once."""
@@ -202,18 +203,6 @@ class Stepper:
         members = by_member(self._trained(hu, training=True), self._recipe.model)
         return tf.stack([self._loss.supervise(outputs, mask) for outputs in members])
 
-    def _over_replicas(self, mine: tf.Tensor) -> tf.Tensor:
-        """The sum over all replicas. Each replica's loss is the same function of it, and the gradients of
-        all are added up: so that of one is this replica's own, times their number."""
-
-        @tf.custom_gradient
-        def total(mine: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor]]:
-            context = tf.distribute.get_replica_context()
-            everywhere = context.all_reduce(tf.distribute.ReduceOp.SUM, mine)
-            return everywhere, lambda upstream: upstream * self.strategy.num_replicas_in_sync
-
-        return total(mine)
-
     def _average(self, step: tf.Tensor) -> None:
         """Move the average towards the weights; faster at first, when they are far from any good."""
         done = tf.cast(step, tf.float32)
@@ -238,6 +227,15 @@ class Stepper:
 
         sums = self.strategy.run(replica, (image, mask))
         return [self.strategy.reduce(tf.distribute.ReduceOp.SUM, one, axis=None) for one in sums]
+
+
+@tf.custom_gradient
+def over_replicas(mine: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor]]:
+    """The sum over all replicas. Each replica's loss is the same function of it, and the gradients of all are
+    added up: so that of one is this replica's own, times their number, and needs no second meeting."""
+    context = tf.distribute.get_replica_context()
+    everywhere = context.all_reduce(tf.distribute.ReduceOp.SUM, mine)
+    return everywhere, lambda upstream: upstream * context.num_replicas_in_sync
 
 
 def _workers(strategy: tf.distribute.Strategy) -> int:

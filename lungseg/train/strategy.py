@@ -38,16 +38,18 @@ def make_strategy(recipe: Recipe, world_size: int, threads: int | None) -> tf.di
 
 
 def require_gpus(config: TrainConfig, visible: int) -> None:
-    """Raises ConfigError("gpus-missing", "devices-differ") unless so many are visible as the recipe asks for."""
+    """Raises ConfigError("gpus-missing", "devices-differ") unless TensorFlow sees as many as asked for."""
     asked = config.gpus_per_worker
     if asked == visible:
         return
-    where = {"gpus_per_worker": asked, "visible_to_tensorflow": visible}
     if visible < asked:
-        remedy = "install lungseg[gpu] and the NVIDIA driver (nvidia-smi shows it), or lower train.gpus_per_worker"
-        raise ConfigError("gpus-missing", **where, remedy=remedy)
-    remedy = "hide some by CUDA_VISIBLE_DEVICES, or raise train.gpus_per_worker"
-    raise ConfigError("devices-differ", **where, remedy=remedy)
+        code, remedy = (
+            "gpus-missing",
+            "see that nvidia-smi lists them, install lungseg[gpu], or ask for fewer",
+        )
+    else:
+        code, remedy = "devices-differ", "hide some by CUDA_VISIBLE_DEVICES, or raise train.gpus_per_worker"
+    raise ConfigError(code, gpus_per_worker=asked, visible_to_tensorflow=visible, remedy=remedy)
 
 
 def require_devices(config: TrainConfig, world_size: int, replicas: int, devices: Sequence[str]) -> None:

@@ -203,6 +203,12 @@ def test_the_global_batch_is_a_multiple_of_all_replicas() -> None:
     assert error.message == "global_batch 12 must be a multiple of 8 replicas"
 
 
+@pytest.mark.parametrize("other", ["train.workers=2", "train.gpus_per_worker=1"])
+def test_a_divided_cpu_is_for_one_worker_without_gpus(other: str) -> None:
+    """Between workers, and beside GPUs, TensorFlow would leave the other parts of it idle."""
+    assert "logical_cpu_devices" in refused("train.logical_cpu_devices=2", other).message
+
+
 @pytest.mark.parametrize("override", ["train.epochs", "=3", "train.epochs={", "train.epochs.x=3 : :"])
 def test_an_override_that_is_none_is_refused(override: str) -> None:
     assert refused(override).code == "override-syntax"

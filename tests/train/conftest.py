@@ -16,7 +16,6 @@ from lungseg.storage import Store, open_store
 SETTINGS = (
     "model.width=2",
     "model.depth=2",
-    "loss.reduction=sample",
     "optimizer.name=sgd",
     "optimizer.learning_rate=0.1",
     "optimizer.momentum=0.9",
@@ -27,8 +26,7 @@ SETTINGS = (
     "train.precision=float32",
 )
 """24 steps on the balls. SGD, since its update is linear in the gradient: Adam divides by the gradient's
-own size, and so turns the rounding of a gradient near 0 into a full step. Loss per sample, since "batch"
-means the patches of one replica."""
+own size, and so turns the rounding of a gradient near 0 into a full step."""
 
 
 @dataclass(frozen=True)

@@ -145,6 +145,24 @@ def test_a_run_killed_before_it_published_its_best_publishes_when_it_goes_on(job
     assert len(checkpoints.committed("a1")) == 1
 
 
+def test_more_epochs_raise_the_learning_rate_again_and_the_log_says_so(job: Job) -> None:
+    """Three steps an epoch; the peak is 1e-3 and the warm-up half of the shorter schedule."""
+    peak = "optimizer.learning_rate=1e-3"
+    run(with_settings(job, peak, "train.epochs=1"))
+    run(with_settings(job, peak, "train.epochs=2"))
+    run(with_settings(job, peak, "train.epochs=3", "optimizer.schedule=constant"))
+    run(with_settings(job, peak, "train.epochs=4", "optimizer.schedule=constant"))
+    log = job.store.get(f"{ROOT}/log.txt").decode().splitlines()
+    last, now = (0.5e-3 * (1 + math.cos(math.pi * done)) for done in (0.5 / 1.5, 1 / 4))
+    told = [line.partition("the learning rate ")[2] for line in log if "the learning rate" in line]
+    assert told[0] == (
+        f"goes from {last:.3g} to {now:.3g} at step 3: its schedule ended with epoch 1, and now ends with 2"
+    )
+    assert [" at step 6: " in line for line in told[1:]] == [
+        True
+    ]  # another schedule; then the same for longer
+
+
 def test_a_run_ends_after_patience_epochs_without_a_gain(job: Job) -> None:
     run(with_settings(job, "train.epochs=50", "train.patience_epochs=2", "optimizer.learning_rate=1e-20"))
     assert [line["epoch"] for line in lines(job)] == [1, 2, 3]  # the first gains, two do not

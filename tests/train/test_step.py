@@ -154,7 +154,7 @@ def test_the_gradient_norm_is_that_before_clipping() -> None:
 def test_patches_without_nodules_give_finite_steps() -> None:
     one = stepper("loss.name=dice_focal")
     empty: Any = batch(0)
-    one.train(one.distribute(Batch(step=0, first_row=0, image_hu=empty.image_hu, mask=np.zeros_like(empty.mask))))
+    one.train(one.distribute(Batch(0, 0, empty.image_hu, np.zeros_like(empty.mask))))
     assert all(np.isfinite(array).all() for array in one.weights().values())
 
 
@@ -176,7 +176,8 @@ def test_val_dice_is_of_one_volume_or_the_mean_over_patches_that_hold_a_nodule(d
     predicted &= mask != 255
     hit = (predicted & (mask == 1)).sum(axis=(1, 2, 3))
     both = predicted.sum(axis=(1, 2, 3)) + (mask == 1).sum(axis=(1, 2, 3))
-    sums = sum((one.validate(one.distribute(Batch(0, 0, image[[n]], mask[[n]]))) for n in range(3)), ValSums())
+    batches = [Batch(0, 0, image[[n]], mask[[n]]) for n in range(3)]
+    sums = sum((one.validate(one.distribute(batch)) for batch in batches), ValSums())
     assert 0.1 < predicted.mean() < 0.9
     assert sums.dice("pooled") == pytest.approx(2 * hit.sum() / both.sum(), rel=1e-5)
     assert sums.dice("patches") == pytest.approx((2 * hit / both)[[0, 2]].mean(), rel=1e-5)

@@ -6,12 +6,16 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import pytest
 
+from lungseg.config import load_recipe
+from lungseg.errors import ConfigError
 from lungseg.stream.patch_stream import PatchStream
+from lungseg.train.strategy import require_devices, require_gpus
 
 WAYS = {
     "mirrored": ("train.logical_cpu_devices=2",),
@@ -91,3 +95,66 @@ def test_convolutions_are_those_of_onednn_on_every_cpu(asked: str, taken: bool) 
     env = kept | ({"TF_ENABLE_ONEDNN_OPTS": asked} if asked else {})
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=env)
     assert done.stdout.strip() == str(taken)
+
+
+@pytest.mark.parametrize(
+    ("settings", "visible", "code"),
+    [
+        ((), 0, None),
+        (("train.gpus_per_worker=2",), 2, None),
+        (("train.gpus_per_worker=2",), 0, "gpus-missing"),
+        (("train.gpus_per_worker=2",), 1, "gpus-missing"),
+        (("train.gpus_per_worker=2",), 4, "devices-differ"),
+    ],
+)
+def test_a_worker_trains_on_as_many_gpus_as_the_recipe_says(
+    settings: tuple[str, ...], visible: int, code: str | None
+) -> None:
+    config = load_recipe(None, settings).train
+    with pytest.raises(ConfigError, match=code) if code else nullcontext():
+        require_gpus(config, visible)
+
+
+def worker(setting: str, before: str = "") -> subprocess.CompletedProcess[str]:
+    """A process that makes its strategy, since devices are set once, and prints the replicas."""
+    script = (
+        "import tensorflow as tf; from lungseg.config import load_recipe\n"
+        f"from lungseg.train.strategy import make_strategy\n{before}\n"
+        f"print(make_strategy(load_recipe(None, ['{setting}']), 1, None).num_replicas_in_sync)\n"
+    )
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+
+
+def test_gpus_that_tensorflow_does_not_see_are_an_error_and_no_training_on_the_cpu() -> None:
+    done = worker("train.gpus_per_worker=1")
+    assert "gpus-missing" in done.stderr.splitlines()[-1]
+    assert done.returncode == 1
+
+
+def test_gpus_are_hidden_from_a_run_on_cpus() -> None:
+    """A mock: no GPU is here, so the call that hides them is only watched."""
+    before = "hide = tf.config.set_visible_devices\n"
+    before += "tf.config.set_visible_devices = lambda *given: print(given) or hide(*given)"
+    assert worker("train.logical_cpu_devices=2", before).stdout.splitlines() == ["([], 'GPU')", "2"]
+
+
+CPUS = ["/replica:0/task:0/device:CPU:0", "/replica:0/task:0/device:CPU:1"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "world_size", "replicas", "devices", "fits"),
+    [
+        (("train.logical_cpu_devices=2",), 1, 2, CPUS, True),
+        (("train.workers=2",), 2, 2, CPUS[:1], True),
+        (("train.workers=2",), 2, 4, ["/device:GPU:0", "/device:GPU:1"], False),  # GPUs that nobody asked for
+        (("train.gpus_per_worker=2",), 1, 2, CPUS, False),
+        (("train.gpus_per_worker=2", "train.workers=2"), 2, 3, ["/device:GPU:0", "/device:GPU:1"], False),
+        (("train.workers=2",), 1, 1, CPUS[:1], False),
+    ],
+)
+def test_a_strategy_on_other_devices_than_the_recipes_is_refused(
+    settings: tuple[str, ...], world_size: int, replicas: int, devices: list[str], fits: bool
+) -> None:
+    config = load_recipe(None, settings).train
+    with nullcontext() if fits else pytest.raises(ConfigError, match="devices-differ"):
+        require_devices(config, world_size, replicas, devices)

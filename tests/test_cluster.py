@@ -1,0 +1,80 @@
+"""Reaching Ray: an address that is none, one where nobody listens, and homes and folders that Ray cannot use.
+
+Each in a process of its own, since the session has a Ray already.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from lungseg.cluster import _wait_for_answer
+
+
+def connect(**environment: str) -> tuple[str, float]:
+    """The last line of who connects, and its seconds."""
+    script = "from lungseg.cluster import connect; print(len(connect().nodes()), 'node')"
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return (done.stdout + done.stderr).strip().rpartition("\n")[2], time.monotonic() - began
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:8265", "https://ray.example", "head", "head:port"])
+def test_an_address_of_another_kind_is_told_with_the_right_one(address: str) -> None:
+    line, _ = connect(RAY_ADDRESS=address)
+    assert "cluster-address" in line
+    assert "HOST:6379" in line
+
+
+def test_a_cluster_that_is_gone_is_told_in_a_quarter_of_a_minute() -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # bound, and not listening
+        line, seconds = connect(RAY_ADDRESS=f"127.0.0.1:{closed.getsockname()[1]}")
+    assert "cluster-unreachable" in line
+    assert 10 < seconds < 60  # the rest is Ray's import on a busy machine
+
+
+def test_a_head_that_comes_back_is_waited_for() -> None:
+    with socket.socket() as head:
+        head.bind(("0.0.0.0", 0))  # Ray asks by the machine's own address
+
+        def listen() -> None:
+            time.sleep(2)
+            head.listen()
+
+        thread = threading.Thread(target=listen)
+        began = time.monotonic()
+        thread.start()
+        _wait_for_answer(f"127.0.0.1:{head.getsockname()[1]}")
+        assert time.monotonic() - began > 1.5
+        thread.join()
+
+
+def test_a_folder_whose_paths_are_too_long_for_sockets_is_told_with_the_variable_to_set(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / ("long" * 20)
+    folder.mkdir()
+    line, _ = connect(TMPDIR=str(folder), RAY_ADDRESS="")
+    assert "ray-folder" in line
+    assert "RAY_TMPDIR" in line
+
+
+@pytest.mark.slow
+def test_a_local_ray_needs_no_home() -> None:
+    """Nobody may write there, and nobody does."""
+    line, _ = connect(HOME="/proc/nowhere", RAY_ADDRESS="")
+    assert line == "1 node"
