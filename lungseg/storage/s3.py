@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import ssl
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property, partial
@@ -148,17 +149,16 @@ class S3Store(Store):
             return url
         if len(self._urls) > 10_000:
             self._urls.clear()
-        place = {"Bucket": self.bucket, "Key": self.prefix + key}
-        url = self.client.generate_presigned_url("get_object", Params=place, ExpiresIn=3600)
+        url = self.client.generate_presigned_url("get_object", Params=self._address(key), ExpiresIn=3600)
         self._urls[key] = url, time.monotonic() + _URL_SECONDS
         return url
 
     def put(self, key: str, data: bytes | Path) -> None:
-        place = {"Bucket": self.bucket, "Key": self.prefix + key}
+        address = self._address(key)
         if isinstance(data, Path):
-            self._patiently(key, lambda: self.client.upload_file(str(data), **place))
+            self._patiently(key, lambda: self.client.upload_file(str(data), **address))
         else:
-            self._patiently(key, lambda: self.client.put_object(Body=data, **place))
+            self._patiently(key, lambda: self.client.put_object(Body=data, **address))
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
         from botocore.exceptions import ClientError
@@ -169,7 +169,7 @@ class S3Store(Store):
             nonlocal tries
             tries += 1
             try:
-                self.client.put_object(Bucket=self.bucket, Key=self.prefix + key, Body=data, IfNoneMatch="*")
+                self.client.put_object(Body=data, IfNoneMatch="*", **self._address(key))
             except ClientError as error:
                 answer = error.response["ResponseMetadata"]
                 if answer.get("HTTPStatusCode") not in (409, 412):
@@ -183,9 +183,9 @@ class S3Store(Store):
         return bool(self._patiently(key, claim))
 
     def size(self, key: str) -> int | None:
-        place = {"Bucket": self.bucket, "Key": self.prefix + key}
         try:
-            return int(self._patiently(key, lambda: self.client.head_object(**place))["ContentLength"])
+            found = self._patiently(key, partial(self.client.head_object, **self._address(key)))
+            return int(found["ContentLength"])
         except StorageError as failure:
             if failure.code == "object-missing":
                 return None
@@ -200,8 +200,10 @@ class S3Store(Store):
         # One by one: several S3-compatible servers demand a Content-MD5 that boto3 no longer sends
         # with DeleteObjects.
         for key in keys:
-            place = {"Bucket": self.bucket, "Key": self.prefix + key}
-            self._patiently(key, partial(self.client.delete_object, **place))
+            self._patiently(key, partial(self.client.delete_object, **self._address(key)))
+
+    def _address(self, key: str) -> dict[str, str]:
+        return {"Bucket": self.bucket, "Key": self.prefix + key}
 
     def _pages(self, prefix: str, **query: Any) -> Iterator[dict[str, Any]]:
         query |= {"Bucket": self.bucket, "Prefix": self.prefix + prefix}
@@ -235,6 +237,7 @@ class S3Store(Store):
 
     def _failure(self, error: Exception, key: str, **where: Any) -> StorageError:
         """One of our errors for whatever the client raised; unknown kinds are passed on as they are."""
+        from boto3.exceptions import S3UploadFailedError
         from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
         from urllib3.exceptions import HTTPError
 
@@ -260,10 +263,7 @@ class S3Store(Store):
         if isinstance(error, NoCredentialsError):
             remedy = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
             return StorageError("store-refused", store=self.uri, message="no credentials", remedy=remedy)
-        if (
-            isinstance(error, BotoCoreError | HTTPError | OSError)
-            or type(error).__name__ == "S3UploadFailedError"
-        ):
+        if isinstance(error, BotoCoreError | HTTPError | OSError | S3UploadFailedError):
             remedy = "check AWS_ENDPOINT_URL and that the server runs, then start the same command again"
             return StorageError(
                 "store-unreachable", store=self.uri, key=key, **where,
@@ -275,17 +275,30 @@ class S3Store(Store):
 def _may_pass(error: Exception) -> bool:
     """Whether the same request may succeed later: no answer or half of one, a server's own failure (5xx),
     and the two 4xx that mean just that (408 request timeout, 429 too many requests)."""
-    from botocore.exceptions import ClientError, HTTPClientError, SSLError
+    from boto3.exceptions import S3UploadFailedError
+    from botocore.exceptions import ClientError, HTTPClientError
     from urllib3.exceptions import HTTPError
 
-    if type(error).__name__ == "S3UploadFailedError" and isinstance(error.__context__, Exception):
+    if isinstance(error, S3UploadFailedError) and isinstance(error.__context__, Exception):
         return _may_pass(error.__context__)
     if isinstance(error, ClientError):
         status = error.response["ResponseMetadata"]["HTTPStatusCode"]
         return status >= 500 or status in (408, 429)
-    if isinstance(error, SSLError) or not isinstance(error, HTTPError | HTTPClientError | OSError):
+    if any(isinstance(cause, ssl.SSLCertVerificationError) for cause in _causes(error)):
         return False
-    return "CERTIFICATE_VERIFY_FAILED" not in str(error)
+    return isinstance(error, HTTPError | HTTPClientError | OSError)
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The error, and those that it was made of or raised in handling."""
+    todo, seen = [error], list[BaseException]()
+    while todo:
+        one = todo.pop()
+        if one not in seen:
+            yield one
+            seen.append(one)
+            told = [one.__cause__, one.__context__, *one.args]
+            todo += [cause for cause in told if isinstance(cause, BaseException)]
 
 
 def _without_url(error: Exception) -> str:
