@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import random
 import socket
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from lungseg.errors import StorageError
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ class Read:
 
 class Store(ABC):
     """Bytes under keys. Every method raises StorageError ("object-missing", "store-unreachable",
-    "store-refused")."""
+    "store-refused", "store-full")."""
 
     uri: str
     remote = False

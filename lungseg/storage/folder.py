@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lungseg.errors import StorageError
-from lungseg.storage.base import Read, Store, StoredObject, missing, whole
+from lungseg.storage.base import DISK_FULL, Read, Store, StoredObject, missing, whole
 
 _TEMPORARY = ".lungseg-tmp-"
 
@@ -112,7 +112,10 @@ class FolderStore(Store):
     def _failure(self, error: OSError, key: str) -> StorageError:
         if isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError):
             return missing(self, key)
-        remedy = "check the folder's permissions and free space"
+        if error.errno in DISK_FULL:
+            remedy = "free space there, then start the same command again (train: with --resume)"
+            return StorageError("store-full", store=self.uri, key=key, message=str(error), remedy=remedy)
+        remedy = "check the folder's permissions"
         return StorageError("store-unreachable", store=self.uri, key=key, message=str(error), remedy=remedy)
 
 
@@ -136,7 +139,8 @@ class _writing:  # noqa: N801 - used like a function
         try:
             handle, name = _temporary_in(target.parent)
         except OSError as error:
-            raise self.store._failure(PermissionError(str(error)), self.key) from error
+            known = error.errno in DISK_FULL
+            raise self.store._failure(error if known else PermissionError(str(error)), self.key) from error
         os.close(handle)
         os.chmod(name, 0o644)
         self.temporary = Path(name)

@@ -24,6 +24,7 @@ from lungseg.runs.checkpoint import Checkpoints
 from lungseg.runs.fit import on_data
 from lungseg.runs.run import Mode, load_run, open_run, refuse_taken, run_exists
 from lungseg.storage import Store, keys
+from lungseg.storage.base import DISK_FULL
 from lungseg.telemetry import GROUP_METRICS, WORKER_METRICS, log, log_wait
 from lungseg.train.job import Job, Session
 from lungseg.train.notice import heed_sigterm, was_asked
@@ -209,13 +210,18 @@ def _watcher(max_failures: int, exporter: Any | None, source: Source) -> Any:
                 # Of a remote traceback the last line names the error.
                 log("train").warning("worker %d failed: %s", rank, str(error).strip().rpartition("\n")[2])
                 ours = LungsegError.find_in(error)
-                if ours and not isinstance(ours, StorageError) and ours.code != _LEFT:
+                if ours and not _may_pass(ours):
                     raise ours
             self.failures += 1
             if self.failures <= max_failures:
                 count_restart(exporter, source)
 
     return Watcher()
+
+
+def _may_pass(error: LungsegError) -> bool:
+    """Whether starting the workers again may help."""
+    return error.code == _LEFT or (isinstance(error, StorageError) and error.code != "store-full")
 
 
 @contextmanager
@@ -298,7 +304,20 @@ def _worker(config: dict[str, Any]) -> None:
             leave=_leave,
             settled=config["settled"],
         )
-        run_worker(job, session)
+        with _disk_has_room():
+            run_worker(job, session)
+
+
+@contextmanager
+def _disk_has_room() -> Iterator[None]:
+    """Raises RunError("disk-full") for a disk of this node's own that is full: no restart cures that."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        remedy = "free space on that disk, or set TMPDIR to another, then --resume"
+        raise RunError("disk-full", message=str(error), remedy=remedy) from error
 
 
 def _drain() -> Any:

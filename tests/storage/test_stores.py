@@ -14,7 +14,7 @@ from helpers.faults import fault_proxy
 from helpers.servers import S3Server
 
 from lungseg.errors import ConfigError, StorageError
-from lungseg.storage import Patience, Store, open_store
+from lungseg.storage import Patience, Store, folder, open_store
 
 
 @pytest.fixture(params=["folder", "s3"])
@@ -67,6 +67,20 @@ def test_writing_listing_and_deleting_side_by_side_never_trips_over_an_empty_fol
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(work, range(4)))
     assert list(store.find("")) == []
+
+
+def test_a_full_disk_is_told_as_what_it_is_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is written goes to the device that is always full."""
+    fill = folder._fill
+    monkeypatch.setattr(folder, "_fill", lambda _, data: fill(Path("/dev/full"), data))
+    store = open_store(tmp_path / "store")
+    for write in (lambda: store.put("key", b"1"), lambda: store.put_if_absent("key", b"1")):
+        with pytest.raises(StorageError, match="store-full") as caught:
+            write()
+        assert "free space" in caught.value.remedy
+    assert list(store.find()) == []
 
 
 @pytest.mark.parametrize("writer", ["us", "another with other bytes", "another with our bytes"])

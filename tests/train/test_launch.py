@@ -18,8 +18,8 @@ from helpers.scraping import Endpoint
 from helpers.train_watch import assert_same_end, lines, train_workers
 
 from lungseg.config import load_recipe
-from lungseg.errors import ConfigError, RunError
-from lungseg.train.launch import worker_resources
+from lungseg.errors import ConfigError, RunError, StorageError
+from lungseg.train.launch import _disk_has_room, _source, _watcher, worker_resources
 
 Moment = tuple[Callable[[set[str]], bool], signal.Signals]
 """What must be among the keys that the run has written so far, and the signal that its worker then gets."""
@@ -159,6 +159,22 @@ def test_our_own_errors_come_out_of_ray_as_themselves_and_are_not_tried_again(
         over.set()
         watcher.join()
     assert len(began) == 1
+
+
+def test_a_full_disk_ends_a_run_at_once_and_a_store_that_may_come_back_does_not() -> None:
+    watch = _watcher(3, None, _source("runs/r")).after_exception
+    away = StorageError("store-unreachable", remedy="wait")
+    watch(None, {0: away})
+    for full in (StorageError("store-full", remedy="free space"), RunError("disk-full", remedy="free space")):
+        with pytest.raises(type(full), match=full.code):
+            watch(None, {0: away, 1: full})
+
+
+def test_a_full_disk_of_the_node_is_told_as_such() -> None:
+    with pytest.raises(RunError, match="disk-full"), _disk_has_room(), open("/dev/full", "w") as file:
+        file.write("1")
+    with pytest.raises(PermissionError), _disk_has_room():
+        raise PermissionError
 
 
 @pytest.mark.parametrize(

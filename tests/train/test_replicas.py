@@ -51,7 +51,7 @@ for name, reduction in LOSSES:
 
     def replica():
         first = tf.distribute.get_replica_context().replica_id_in_sync_group * share
-        mine, labels = (tf.constant(a[first : first + share]) for a in (logits, mask[..., None]))
+        mine, labels = (tf.constant(a)[first : first + share] for a in (logits, mask[..., None]))
         with tf.GradientTape() as tape:
             tape.watch(mine)
             value = tf.reduce_sum(loss.value(loss.measure(mine, labels), total)) / 4
