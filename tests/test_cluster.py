@@ -19,7 +19,7 @@ from lungseg.cluster import _wait_for_answer
 
 
 def connect(**environment: str) -> tuple[str, float]:
-    """The last line of who connects, and its seconds."""
+    """The last line that who connects prints, and its seconds."""
     script = "from lungseg.cluster import connect; print(len(connect().nodes()), 'node')"
     began = time.monotonic()
     done = subprocess.run(
@@ -29,7 +29,7 @@ def connect(**environment: str) -> tuple[str, float]:
         text=True,
         check=False,
     )
-    return (done.stdout + done.stderr).strip().rpartition("\n")[2], time.monotonic() - began
+    return (done.stdout or done.stderr).strip().rpartition("\n")[2], time.monotonic() - began
 
 
 @pytest.mark.parametrize("address", ["http://127.0.0.1:8265", "https://ray.example", "head", "head:port"])

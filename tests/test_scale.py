@@ -38,10 +38,10 @@ def gets(cluster: Cluster, steps: int, rank: int, seed: int = 0) -> list[int]:
     rows, total = cluster.rows_per_record_batch, cluster.dataset_patches
     counts = [min(rows, total - first) for first in range(0, total, rows)]
     extents = [number // cluster.batches_per_get for number in range(len(counts))]
-    place = {"global_batch": cluster.nodes * cluster.share_rows, "rank": rank, "world_size": cluster.nodes}
+    share = {"global_batch": cluster.nodes * cluster.share_rows, "rank": rank, "world_size": cluster.nodes}
     is_open: OrderedDict[int, None] = OrderedDict()
     fetched = []
-    for slices in islice(training_batches(counts, seed=seed, extents=extents, **place), steps):
+    for slices in islice(training_batches(counts, seed=seed, extents=extents, **share), steps):
         for extent in (extents[piece.record_batch] for piece in slices):
             if extent not in is_open:
                 is_open[extent] = None

@@ -146,10 +146,10 @@ class Extent:
         """Bytes."""
         return self.batches[-1].offset + self.batches[-1].bytes - self.offset
 
-    def part(self, data: Buffer, place: RecordBatch) -> memoryview:
+    def part(self, data: Buffer, batch: RecordBatch) -> memoryview:
         """The bytes of one of the record batches among those of all."""
-        begin = place.offset - self.offset
-        return memoryview(data)[begin : begin + place.bytes]
+        begin = batch.offset - self.offset
+        return memoryview(data)[begin : begin + batch.bytes]
 
     def damage(self, data: Buffer) -> RecordBatch | None:
         """The first record batch whose bytes are not those that were written."""

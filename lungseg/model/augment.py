@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from lungseg.config import AugmentConfig
-from lungseg.model.warp import control_shape, coordinates, displacement, resample, rotation_and_scale
+from lungseg.model.warp import control_shape, coordinates, displacement, rotation_and_scale, sample_at
 
 Draw = Literal["geometry", "control", "intensity", "noise"]
 _STREAMS: dict[Draw, int] = {"geometry": 0, "control": 1, "intensity": 2, "noise": 3}
@@ -96,7 +96,7 @@ def _warp(
         spacing = config.elastic_spacing
         control = _uniform((3, *control_shape(crop, spacing)), stream, "control", low=-1.0)
         shift = displacement(control * config.elastic * spacing, crop, spacing)
-    return resample(image, mask, coordinates(crop, matrix, centre, shift))
+    return sample_at(image, mask, coordinates(crop, matrix, centre, shift))
 
 
 def _turn_and_mirror(

@@ -1,5 +1,6 @@
-"""3D U-Nets with the window on Hounsfield units inside the network: HU in, logits out, so training and
-every later use normalise alike.
+"""3D U-Nets: Hounsfield units in, logits out.
+
+The window on HU is part of the network, so that training and every later use normalise alike.
 
 "unet" is the plain network (Çiçek et al., 2016), "resenc" has residual blocks in the encoder and one
 convolution a level in the decoder (nnU-Net's ResEnc; Isensee et al., 2024).
@@ -16,14 +17,16 @@ from lungseg.config import ModelConfig
 from lungseg.model.norm import InstanceNorm
 
 _HE = "he_normal"
-"""As nnU-Net's (He et al., 2015). Keras' default draws smaller kernels, the first down to a fourth; with a
-norm behind each, that is a learning rate as many times higher."""
+"""How kernels begin, as in nnU-Net (He et al., 2015). Keras' default draws them smaller, the first one to a
+fourth. Behind a norm the scale of a kernel does not matter to its output, but a smaller one turns faster: it
+is as if the learning rate were higher."""
 
 
 @keras.saving.register_keras_serializable("lungseg")
 class Balanced(keras.initializers.HeNormal):
-    """He's, less its mean: features after the activation are positive in the mean, so that another kernel
-    would begin anywhere between "all" and "nothing"."""
+    """He's, less its mean, for the last layer. What goes into it comes from an activation, and is positive on
+    average. A kernel with a mean would make a constant of that, and the network would begin anywhere between
+    "all is nodule" and "nothing is"."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         kernel = super().__call__(*args, **kwargs)
@@ -48,11 +51,11 @@ class HuWindow(keras.layers.Layer):
 
 
 def build_unet(config: ModelConfig) -> keras.Model:
-    """float HU [n, z, y, x, 1] -> float32 logits of the same shape; sides are multiples of
-    `config.total_stride`. Runs in the Keras dtype policy of the moment.
+    """float HU [n, z, y, x, 1] -> float32 logits of the same shape. Sides are multiples of
+    `config.total_stride`. The Keras dtype policy of the moment is the precision.
 
-    With deep supervision of k levels the outputs are a list, `deep_logits` of 1/2, 1/4, … the sides after
-    the logits themselves. An ensemble's are a list of the first member's outputs, the second's, …
+    A plain network has one output. With deep supervision there is a list: the logits, then those at 1/2,
+    1/4, … of the sides. An ensemble's list holds all outputs of the first member, then all of the second, …
     """
     volume_hu = keras.Input((None, None, None, 1), dtype="float32", name="volume_hu")
     windowed = HuWindow(*config.hu_window, name="hu_window")(volume_hu)
@@ -105,7 +108,7 @@ def _member(windowed: Any, config: ModelConfig, prefix: str) -> list[Any]:
 
 
 def _encode(features: Any, level: int, width: int, config: ModelConfig, prefix: str) -> Any:
-    """One level of the encoder, which halves every side but on the first level."""
+    """One level of the encoder. All but the first halve the sides."""
     name = f"{prefix}encode{level}"
     if config.architecture == "unet":
         strides = 1 if level == 0 else 2
@@ -170,8 +173,8 @@ def _norm(kind: str, width: int, name: str) -> keras.layers.Layer | None:
 
 
 def _head(features: Any, name: str) -> Any:
-    # A nodule voxel is rare: begin at p = 0.12, whatever was drawn. From 0.01, as Lin et al. (2017) begin,
-    # the loss falls sooner and stays higher.
+    # Nodule voxels are rare, so the network begins at p = 0.12 everywhere. At 0.01, where Lin et al. (2017)
+    # begin, the loss falls sooner, but stays higher.
     rare = keras.initializers.Constant(-2.0)
     return keras.layers.Conv3D(
         1, 1, dtype="float32", kernel_initializer=Balanced(), bias_initializer=rare, name=name

@@ -49,24 +49,24 @@ def coordinates(
 ) -> tf.Tensor:
     """float32 [3, z, y, x]: where each output voxel reads the input. `centre_zyx` is what the middle of the
     output reads, `shift` a displacement or None."""
-    place = tf.reshape(centre_zyx, [3, 1, 1, 1])
+    points = tf.reshape(centre_zyx, [3, 1, 1, 1])
     for axis, side in enumerate(shape_zyx):
         along = np.arange(side, dtype=np.float32) - (side - 1) / 2
         shape = [3, *(side if a == axis else 1 for a in range(3))]
-        place = place + tf.reshape(matrix[:, axis, tf.newaxis] * along, shape)
-    return place if shift is None else place + shift
+        points = points + tf.reshape(matrix[:, axis, tf.newaxis] * along, shape)
+    return points if shift is None else points + shift
 
 
-def resample(image: tf.Tensor, mask: tf.Tensor, places: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """The image (float32 [z, y, x]) trilinearly and the mask (uint8) from its nearest voxel, at `places`
+def sample_at(image: tf.Tensor, mask: tf.Tensor, points: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """The image (float32 [z, y, x]) trilinearly and the mask (uint8) from its nearest voxel, at `points`
     (float32 [3, z, y, x]). Beyond the border the image goes on as its last voxel, the mask as 255: what
     lies there is not known."""
     shape = tuple(image.shape)
     strides = (shape[1] * shape[2], shape[2], 1)
     nearest, corner, parts, inside = 0, 0, [], []
-    for place, side, stride in zip(tf.unstack(places), shape, strides, strict=True):
-        clamped = tf.clip_by_value(place, 0.0, side - 1.0)
-        inside.append(tf.abs(place - clamped) < 0.5)
+    for along, side, stride in zip(tf.unstack(points), shape, strides, strict=True):
+        clamped = tf.clip_by_value(along, 0.0, side - 1.0)
+        inside.append(tf.abs(along - clamped) < 0.5)
         nearest += stride * tf.cast(clamped + 0.5, tf.int32)
         low = tf.minimum(tf.floor(clamped), side - 2.0)
         parts.append(clamped - low)

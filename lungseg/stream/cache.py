@@ -1,14 +1,14 @@
 """Fetched extents on a node's own disk, so that an epoch need not come over the network twice.
 
-One folder serves all workers of a node, also of several runs and after a restart. An entry is a file named
-by what it must contain: it is written under a temporary name and renamed when whole, its reader verifies
-it again, and it may vanish at any time. So the only thing that processes must agree on is how many bytes
-there are: a file lock guards that number.
+One folder serves all workers of a node, several runs at once, and the same run after a restart.
 
-A pass reads every extent once, in another order each time. Evicting what was used longest ago would
-then throw away what comes next: of a data set twice the cache's size 15 % would be found again. Whatever is
-kept and simply stays is found at its share of the data set, 50 %. So a full cache takes nothing more of a
-data set; it evicts only what no run has read for an hour.
+- An entry is a file that is named by what it must contain. It is written under a temporary name and renamed
+  when it is whole. Whoever reads it verifies it again. It may vanish at any time.
+- Processes have to agree on one thing: how many bytes there are. A file lock guards that number.
+- A full cache takes nothing more, and evicts only what no run has read for an hour. Evicting what was used
+  longest ago would be worse: a pass reads every extent once, in another order each time, so that would throw
+  away what comes next. Of a data set twice as large as the cache, 15 % would be found again; of entries that
+  simply stay, 50 % are.
 """
 
 from __future__ import annotations

@@ -37,8 +37,8 @@ from lungseg.telemetry import (
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where the rows of a piece go: int16 HU and uint8 masks, both [row, z, y, x]."""
+class RowsOut:
+    """Memory that the rows of a piece are decoded into: int16 HU and uint8 masks, both [row, z, y, x]."""
 
     image_hu: np.ndarray
     mask: np.ndarray
@@ -86,10 +86,10 @@ class Fetcher:
         self._decoders.shutdown(wait=True, cancel_futures=True)
         self._open.clear()
 
-    def submit(self, piece: RowSlice, place: Place) -> Future[None]:
-        """Put a piece in its place; done when it is there. After the first failure others are cancelled."""
+    def submit(self, piece: RowSlice, out: RowsOut) -> Future[None]:
+        """Decode a piece into `out`; done when it is there. After the first failure others are cancelled."""
         of, batch = self._batches[piece.record_batch]
-        extent, placed = self._extents[of], Future[None]()
+        extent, done = self._extents[of], Future[None]()
         if of not in self._open:
             self._open[of] = fetched = _Fetched()
             self._readers.submit(self._bytes, extent).add_done_callback(fetched.arrive)
@@ -100,12 +100,12 @@ class Fetcher:
             codec = extent.shard.codec
             try:
                 columns = shards.decode(extent.part(data, batch), self._shape, codec)
-                shards.copy_images(columns, codec, piece.start, piece.stop, place.image_hu)
-                shards.copy_masks(columns, codec, piece.start, piece.stop, place.mask)
+                shards.copy_images(columns, codec, piece.start, piece.stop, out.image_hu)
+                shards.copy_masks(columns, codec, piece.start, piece.stop, out.mask)
             except BaseException as error:
-                placed.set_exception(error)
+                done.set_exception(error)
             else:
-                placed.set_result(None)
+                done.set_result(None)
 
         def hand_on(data: Buffer | BaseException) -> None:
             try:
@@ -113,10 +113,10 @@ class Fetcher:
                     raise data
                 self._decoders.submit(decode, data)
             except BaseException as error:  # of the read, or the stream has ended
-                placed.set_exception(error)
+                done.set_exception(error)
 
         self._open[of].then(hand_on)
-        return placed
+        return done
 
     def _bytes(self, extent: Extent) -> Buffer:
         if self._failed.is_set():

@@ -1,17 +1,20 @@
 """The order of training patches as a pure function of (seed, step), the same at any number of workers.
 
-A split is a list of record batches of known row counts. A *pass* visits each of them once in a shuffled
-order. The rows of all passes, laid end to end without a gap, are cut into global batches of equal size,
-and every rank takes its contiguous share of each. So no batch is ever incomplete and no row is left out:
-what a pass leaves over, fewer rows than one global batch, begins the batch that the next pass goes on with.
+From large to small:
 
-One GET fetches an *extent*, a few adjacent record batches, since a store answers few large requests sooner
-than many small ones. Extents are shuffled and then woven: a global batch has as many lanes as record
-batches fit into it, each lane walks through an extent of its own, and all of them together fill the batch.
-A rank owns whole lanes, and so whole extents, however many ranks there are.
+- A *pass* takes every row of the split once. Passes follow each other without a gap, and all their rows are
+  cut into global batches of equal size. So no batch is incomplete and no row is left out: the few rows that a
+  pass has left over begin the batch that the next pass fills up.
+- Each rank takes its contiguous share of each global batch. So all ranks together see the same global
+  batches, however many they are.
+- A pass is made of *extents*, a few adjacent record batches each, which one GET fetches: a store answers few
+  large requests sooner than many small ones. Extents come in shuffled order.
+- As many extents are read side by side as record batches fit into a global batch: so many *lanes* there are.
+  Each lane gives one record batch to each global batch, from the extent that it is reading. A lane belongs to
+  one rank, and so do its extents: no two ranks fetch the same.
 
-The shuffle spreads the positives over the pass, and each lane begins its extent at another phase, so that
-no global batch is without them by bad luck.
+Positives are spread evenly over the pass, and each lane begins its extent at another point of it, so that no
+global batch lacks them by bad luck.
 """
 
 from __future__ import annotations
@@ -150,15 +153,15 @@ def pass_order(
 
     extent_kinds = np.unique(np.bincount(extent_of, kinds), return_inverse=True)[1]
     begins = draws.uniform(extent_kinds.max() + 1)[extent_kinds]
-    spread = _evenly(np.zeros_like(extent_kinds), extent_kinds, begins, draws(len(sizes)))
-    place = np.empty(len(sizes), np.int64)
-    place[np.lexsort((spread, sizes < sizes.max()))] = np.arange(len(sizes))
+    positions = _evenly(np.zeros_like(extent_kinds), extent_kinds, begins, draws(len(sizes)))
+    turn = np.empty(len(sizes), np.int64)  # of each extent in the pass
+    turn[np.lexsort((positions, sizes < sizes.max()))] = np.arange(len(sizes))
 
     lanes = _lanes(rows, global_batch)
-    window = place[extent_of] // lanes
+    window = turn[extent_of] // lanes
     phases = draws.uniform((window.max() + 1) * (kinds.max() + 1)).reshape(window.max() + 1, -1)
     inner = _evenly(extent_of, kinds, phases[window, kinds], draws(count))
-    return _weave(place[extent_of], extent_of, inner, lanes)
+    return _weave(turn[extent_of], extent_of, inner, lanes)
 
 
 def _lanes(rows: Sequence[int], global_batch: int) -> int:
@@ -166,35 +169,42 @@ def _lanes(rows: Sequence[int], global_batch: int) -> int:
 
 
 def _evenly(groups: np.ndarray, kinds: np.ndarray, begins: np.ndarray, draws: np.ndarray) -> np.ndarray:
-    """A place in [0, 1) for each item: those of one group and kind are shuffled by `draws` and laid at even
-    distances, the first one `begins` of a distance from 0. So every run of a group's items in the order of
-    their places holds its share of each kind, to within two where there are two kinds."""
+    """A position in [0, 1) for each item, among the items of its group.
+
+    The n items of one group and kind are shuffled by `draws` and lie 1/n apart; the first of them lies at
+    `begins` of that distance. So any stretch of a group, in the order of positions, holds its share of each
+    kind, to within two where there are two kinds.
+    """
     order = np.lexsort((draws, kinds, groups))
     sorted_kinds, sorted_groups = kinds[order], groups[order]
     first = np.ones(len(order), bool)
     first[1:] = (sorted_kinds[1:] != sorted_kinds[:-1]) | (sorted_groups[1:] != sorted_groups[:-1])
     starts, members = np.flatnonzero(first), np.cumsum(first) - 1
     sizes = np.diff(np.append(starts, len(order)))
-    places = np.empty(len(order))
-    places[order] = (np.arange(len(order)) - starts[members] + begins[order]) / sizes[members]
-    return places
+    positions = np.empty(len(order))
+    positions[order] = (np.arange(len(order)) - starts[members] + begins[order]) / sizes[members]
+    return positions
 
 
-def _weave(place: np.ndarray, extent_of: np.ndarray, inner: np.ndarray, lanes: int) -> np.ndarray:
-    """Record batches in windows of `lanes` extents by `place`: from each one, then from each another, and so
-    on. Each lane goes around its extent by `inner`, and begins one further than the lane before it: so what
-    is taken from all lanes at once is like a run within one extent, and holds its share of each kind.
+def _weave(turn: np.ndarray, extent_of: np.ndarray, inner: np.ndarray, lanes: int) -> np.ndarray:
+    """The order of record batches. For each: `turn` is that of its extent, `inner` its position within it.
 
-    The last window may have fewer extents than there are lanes, and would wander over the ranks, so that
-    several fetch each of its extents. There one extent comes after the other."""
-    window, lane = np.divmod(place, lanes)
+    Extents form windows of as many as there are lanes. Within a window the first record batch is taken from
+    each lane, then the second from each, and so on. Each lane goes around its extent, and begins it one
+    record batch away from where the lane before it does: so what is taken from all lanes at once is like a
+    stretch of one extent, and holds its share of each kind.
+
+    A last window of fewer extents than lanes is read one extent after the other: woven, its extents would
+    wander over the ranks, and several would fetch each.
+    """
+    window, lane = np.divmod(turn, lanes)
     order = np.lexsort((inner, extent_of))
     sorted_extents = extent_of[order]
     begin = np.searchsorted(sorted_extents, sorted_extents)
     end = np.searchsorted(sorted_extents, sorted_extents, side="right")
     nth = np.empty(len(order), np.int64)
     nth[order] = (np.arange(len(order)) - begin + lane[order]) % (end - begin)
-    last = window == (place.max(initial=0) + 1) // lanes
+    last = window == (turn.max(initial=0) + 1) // lanes
     return np.lexsort((np.where(last, nth, lane), np.where(last, lane, nth), window))
 
 
@@ -202,10 +212,10 @@ def _cut(order: np.ndarray, ends: np.ndarray, start: int, stop: int) -> list[Row
     """The slices that hold rows [start, stop) of the record batches laid end to end in `order`; the k-th
     of them ends before row `ends[k]`."""
     slices = []
-    position = int(np.searchsorted(ends, start, side="right"))
+    k = int(np.searchsorted(ends, start, side="right"))
     while start < stop:
-        begin = int(ends[position - 1]) if position else 0
-        upto = min(stop, int(ends[position]))
-        slices.append(RowSlice(int(order[position]), start - begin, upto - begin))
-        start, position = upto, position + 1
+        begin = int(ends[k - 1]) if k else 0
+        upto = min(stop, int(ends[k]))
+        slices.append(RowSlice(int(order[k]), start - begin, upto - begin))
+        start, k = upto, k + 1
     return slices

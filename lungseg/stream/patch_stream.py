@@ -1,6 +1,6 @@
 """Patches from the store as batches of fixed shape, fetched and decoded ahead of the step that needs them.
 
-Record batches are fetched in parallel by ranged GETs, verified, decoded and put into their batches on
+Record batches are fetched in parallel by ranged GETs, verified, and decoded into their batches on
 threads; the next batches wait in memory up to a bound in bytes. The order is that of `order`, whatever
 arrives first.
 """
@@ -24,7 +24,7 @@ from lungseg.dataset.manifest import Manifest
 from lungseg.storage import Store
 from lungseg.stream import order
 from lungseg.stream.cache import DiskCache
-from lungseg.stream.fetch import Fetcher, Place
+from lungseg.stream.fetch import Fetcher, RowsOut
 from lungseg.stream.slabs import Slabs
 from lungseg.telemetry import QUEUE_DEPTH, STREAM_PATCHES, STREAM_WAIT_SECONDS
 
@@ -71,11 +71,11 @@ class PatchStream:
         self._first_row = rank * self._share
         rows = manifest.rows(split)
         numbers = [number for number, extent in enumerate(self._extents) for _ in extent.batches]
-        place: dict[str, Any] = {"global_batch": global_batch, "rank": rank, "world_size": world_size}
-        place |= {"extents": numbers}
+        share: dict[str, Any] = {"global_batch": global_batch, "rank": rank, "world_size": world_size}
+        share |= {"extents": numbers}
         if training:
-            place |= {"seed": seed, "first_step": first_step, "positives": manifest.positives(split)}
-        plan = (order.training_batches if training else order.evaluation_batches)(rows, **place)
+            share |= {"seed": seed, "first_step": first_step, "positives": manifest.positives(split)}
+        plan = (order.training_batches if training else order.evaluation_batches)(rows, **share)
         self._plan = enumerate(plan, first_step)
         # In a batch of mine so many record batches meet at most, each from its own extent; in the next one
         # the window may be another.
@@ -147,8 +147,8 @@ class PatchStream:
             row = 0
             for piece in pieces:
                 upto = row + piece.stop - piece.start
-                place = Place(slot.batch.image_hu[row:upto], slot.batch.mask[row:upto])
-                self._fetcher.submit(piece, place).add_done_callback(slot.placed)
+                out = RowsOut(slot.batch.image_hu[row:upto], slot.batch.mask[row:upto])
+                self._fetcher.submit(piece, out).add_done_callback(slot.decoded)
                 row = upto
             slot.batch.image_hu[row:] = 0
             slot.batch.mask[row:] = IGNORE
@@ -161,7 +161,7 @@ class PatchStream:
 
 
 class _Slot:
-    """A batch in the making, whose pieces are put in place on the threads that decode them."""
+    """A batch in the making, whose pieces are decoded into it on several threads."""
 
     def __init__(self, batch: Batch, pieces: int) -> None:
         self.batch = batch
@@ -171,7 +171,7 @@ class _Slot:
         if not pieces:
             self.ready.set_result(batch)
 
-    def placed(self, piece: Future[None]) -> None:
+    def decoded(self, piece: Future[None]) -> None:
         """The last piece, or the first failure, makes the batch ready."""
         error = piece.exception()
         with self._lock:

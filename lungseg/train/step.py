@@ -26,22 +26,25 @@ from lungseg.train.optimizer import Schedule, make_optimizer
 
 @dataclass(frozen=True)
 class ValSums:
-    """Counts over validation voxels that are not ignored."""
+    """What validation adds up. Voxels are counted where they are not ignored."""
 
-    hit: float = 0.0
+    hit: float = 0.0  # voxels that are nodule, and predicted so
     predicted: float = 0.0
     reference: float = 0.0
-    dices: float = 0.0  # the sum over patches that hold a nodule
-    patches: float = 0.0  # so many
+    dices: float = 0.0  # of each patch that holds a nodule, added up
+    patches: float = 0.0  # the number of patches that hold one
 
     def __add__(self, other: ValSums) -> ValSums:
         return ValSums(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
-    def dice(self, kind: Literal["pooled", "patches"]) -> float:
-        """Of all validation patches taken as one volume ("pooled"), which large nodules decide, but also
-        false positives anywhere; or the mean over those that hold a nodule ("patches"), where each counts
-        alike. 1.0 where nothing is there (nor, pooled, predicted)."""
-        if kind == "patches":
+    def dice(self, mode: Literal["pooled", "patches"]) -> float:
+        """The validation Dice.
+
+        "pooled" takes all patches as one volume: large nodules weigh more, and false positives count in every
+        patch. "patches" is the mean over the patches that hold a nodule: each weighs the same.
+        Without any nodule voxel it is 1.0, unless pooled voxels are predicted.
+        """
+        if mode == "patches":
             return self.dices / self.patches if self.patches else 1.0
         total = self.predicted + self.reference
         return 2 * self.hit / total if total else 1.0

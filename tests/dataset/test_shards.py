@@ -120,8 +120,8 @@ def test_every_int16_survives_every_codec(codec: Codec, data: st.DataObject) -> 
     values = data.draw(st.lists(st.integers(-(2**15), 2**15 - 1), min_size=60, max_size=60))
     hu = np.array(values, np.int16).reshape(SHAPE)
     written = dataclasses.replace(patch(0), image_hu=hu)
-    file, (place,) = encode([[written]], SHAPE, codec)
-    (read,) = patches_of(file[place.offset : place.offset + place.bytes], SHAPE, codec)
+    file, (batch,) = encode([[written]], SHAPE, codec)
+    (read,) = patches_of(file[batch.offset : batch.offset + batch.bytes], SHAPE, codec)
     assert_same(read, written)
 
 
@@ -157,9 +157,9 @@ def test_plain_arrow_reads_the_file_and_finds_the_batches_where_the_entry_says(
     data = (tmp_path / KEY).read_bytes()
     with pa.ipc.open_file(tmp_path / KEY) as reader:
         assert reader.num_record_batches == 3
-        for number, place in enumerate(shard.batches):
-            span = data[place.offset : place.offset + place.bytes]
-            assert crc32c(span) == place.crc32c
+        for number, batch in enumerate(shard.batches):
+            span = data[batch.offset : batch.offset + batch.bytes]
+            assert crc32c(span) == batch.crc32c
             alone = pa.ipc.read_record_batch(pa.ipc.read_message(span), reader.schema)
             assert alone.equals(reader.get_batch(number))
             assert alone["case_id"].to_pylist() == [one.case_id for one in groups()[number]]
@@ -175,9 +175,9 @@ def test_plain_arrow_reads_the_file_and_finds_the_batches_where_the_entry_says(
 def test_a_flipped_bit_at_any_place_of_a_record_batch_is_seen(tmp_path: Path, codec: Codec) -> None:
     store = open_store(tmp_path)
     shard = write_shard(store, KEY, groups(), SHAPE, codec)
-    place = shard.batches[1]
+    batch = shard.batches[1]
     with (tmp_path / KEY).open("r+b", buffering=0) as file:
-        for at in range(place.offset, place.offset + place.bytes):
+        for at in range(batch.offset, batch.offset + batch.bytes):
             file.seek(at)
             (byte,) = file.read(1)
             file.seek(at)
@@ -216,9 +216,9 @@ def test_an_extent_of_several_record_batches_is_one_get_and_names_the_one_that_i
     extent = Extent(shard, 0, 3)
     data = fetch(store, extent)
     assert store.gets == [(KEY, shard.batches[0].offset, sum(batch.bytes for batch in shard.batches))]
-    for place, group in zip(shard.batches, groups(), strict=True):
+    for batch, group in zip(shard.batches, groups(), strict=True):
         for read, written in zip(
-            patches_of(extent.part(data, place), SHAPE, "planes-lz4"), group, strict=True
+            patches_of(extent.part(data, batch), SHAPE, "planes-lz4"), group, strict=True
         ):
             assert_same(read, written)
     broken = bytearray((tmp_path / KEY).read_bytes())
@@ -236,8 +236,8 @@ def test_a_lasting_fault_ends_in_an_error_with_shard_and_offset(tmp_path: Path, 
     shard = write_shard(store, KEY, groups(), SHAPE, "raw")
     with pytest.raises(DataError, match="shard-corrupt") as caught:
         fetch(store, Extent(shard, 2, 3), refetches)
-    place = shard.batches[2]
-    assert caught.value.where == {"shard": KEY, "offset": place.offset, "bytes": place.bytes}
+    batch = shard.batches[2]
+    assert caught.value.where == {"shard": KEY, "offset": batch.offset, "bytes": batch.bytes}
     assert len(store.gets) == refetches + 1
 
 

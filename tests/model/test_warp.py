@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
-from lungseg.model.warp import control_shape, coordinates, displacement, resample, rotation_and_scale
+from lungseg.model.warp import control_shape, coordinates, displacement, rotation_and_scale, sample_at
 
 SHAPE = (9, 10, 11)
 MIDDLE = (np.array(SHAPE, np.float32) - 1) / 2
@@ -26,21 +26,21 @@ def scan() -> tuple[np.ndarray, np.ndarray]:
 def test_images_are_read_as_scipy_reads_them_linearly(seed: int, spread: float) -> None:
     image, mask = scan()
     random = np.random.default_rng(seed)
-    places = np.indices(SHAPE, np.float32) + random.normal(0, spread, (3, *SHAPE)).astype(np.float32)
-    found, labels = resample(tf.constant(image), tf.constant(mask), tf.constant(places))
+    points = np.indices(SHAPE, np.float32) + random.normal(0, spread, (3, *SHAPE)).astype(np.float32)
+    found, labels = sample_at(tf.constant(image), tf.constant(mask), tf.constant(points))
     np.testing.assert_allclose(
-        found.numpy(), scipy.ndimage.map_coordinates(image, places, order=1, mode="nearest"), atol=2e-3
+        found.numpy(), scipy.ndimage.map_coordinates(image, points, order=1, mode="nearest"), atol=2e-3
     )
-    nearest, sides = np.floor(places + 0.5).astype(int), np.array(SHAPE).reshape(3, 1, 1, 1)
+    nearest, sides = np.floor(points + 0.5).astype(int), np.array(SHAPE).reshape(3, 1, 1, 1)
     inside = ((nearest >= 0) & (nearest < sides)).all(0)
     expected = np.where(inside, mask[tuple(np.clip(nearest, 0, sides - 1))], 255)
     np.testing.assert_array_equal(labels.numpy(), expected)
 
 
-def test_places_of_no_turn_are_the_voxels_themselves() -> None:
+def test_points_of_no_turn_are_the_voxels_themselves() -> None:
     still = rotation_and_scale(tf.zeros([3]), tf.constant(1.0))
-    places = coordinates(SHAPE, still, tf.constant(MIDDLE), None)
-    np.testing.assert_allclose(places.numpy(), np.indices(SHAPE), atol=1e-5)
+    points = coordinates(SHAPE, still, tf.constant(MIDDLE), None)
+    np.testing.assert_allclose(points.numpy(), np.indices(SHAPE), atol=1e-5)
 
 
 @pytest.mark.parametrize("angles", [(0.3, 0, 0), (0, 0.3, 0), (0, 0, 0.3), (0.2, -0.4, 0.7)])
@@ -53,8 +53,8 @@ def test_a_turn_is_scipys_and_a_scale_divides_it(angles: tuple[float, float, flo
 
 def test_the_middle_of_the_output_reads_the_centre_it_is_given() -> None:
     matrix = rotation_and_scale(tf.constant([0.1, 0.2, 0.3]), tf.constant(1.1))
-    places = coordinates((5, 5, 5), matrix, tf.constant([7.0, 8.0, 9.0]), None)
-    np.testing.assert_allclose(places.numpy()[:, 2, 2, 2], [7, 8, 9], atol=1e-5)
+    points = coordinates((5, 5, 5), matrix, tf.constant([7.0, 8.0, 9.0]), None)
+    np.testing.assert_allclose(points.numpy()[:, 2, 2, 2], [7, 8, 9], atol=1e-5)
 
 
 @given(seed=st.integers(0, 1000), spacing=st.integers(4, 20))
@@ -77,9 +77,9 @@ def test_control_points_on_a_line_give_that_line(spacing: int) -> None:
     np.testing.assert_allclose(found.numpy(), np.indices(SHAPE), atol=1e-4)
 
 
-def test_places_far_outside_read_the_border_and_are_ignored() -> None:
+def test_points_far_outside_read_the_border_and_are_ignored() -> None:
     image, mask = scan()
     wild = np.full((3, *SHAPE), 1e6, np.float32)
-    found, labels = resample(tf.constant(image), tf.constant(mask), tf.constant(wild))
+    found, labels = sample_at(tf.constant(image), tf.constant(mask), tf.constant(wild))
     assert np.isfinite(found.numpy()).all()
     assert (labels.numpy() == 255).all()

@@ -18,7 +18,7 @@ from lungseg.dataset.manifest import Manifest
 from lungseg.dataset.shards import Patch, write_shard
 from lungseg.errors import StorageError
 from lungseg.storage import Patience, Read, ReadCancelled, S3Store, open_store
-from lungseg.stream.fetch import Fetcher, Place, Reads
+from lungseg.stream.fetch import Fetcher, Reads, RowsOut
 from lungseg.stream.order import RowSlice
 from lungseg.stream.patch_stream import PatchStream
 from lungseg.stream.slabs import Slabs
@@ -208,8 +208,8 @@ def test_every_metric_says_what_happened(
     proxy.late_seconds = 0.4
     proxy.script["GET"].extend([None, "reset", None, "flip", "slow-first-byte"])
     counted = Counted()
-    place = {"global_batch": 2, "training": False}
-    with PatchStream(store, manifest, "train", config, **place) as stream:  # type: ignore[arg-type]
+    share = {"global_batch": 2, "training": False}
+    with PatchStream(store, manifest, "train", config, **share) as stream:  # type: ignore[arg-type]
         assert len(list(stream)) == 6
     flipped = manifest.shards["train"][0].batches[2].bytes
     assert counted["patches"] == 12
@@ -219,7 +219,7 @@ def test_every_metric_says_what_happened(
     assert 0.4 < counted["waited"] < 5
     assert counted["waited"] == pytest.approx(stream.waited_seconds)
     counted = Counted()
-    with PatchStream(store, manifest, "train", config, **place) as stream:  # type: ignore[arg-type]
+    with PatchStream(store, manifest, "train", config, **share) as stream:  # type: ignore[arg-type]
         batches = iter(stream)
         next(batches)
         time.sleep(0.3)
@@ -256,8 +256,8 @@ def test_after_a_failure_no_further_read_is_begun(s3_uri: str) -> None:
     store.delete(["data/d/shards/train-00000.arrow"])
     counted = Counted()
     with Fetcher(store, manifest.extents("train"), SHAPE, StreamConfig(threads=1), None, 1) as fetcher:
-        place = Place(np.empty((2, *SHAPE), np.int16), np.empty((2, *SHAPE), np.uint8))
-        futures = [fetcher.submit(RowSlice(number, 0, 2), place) for number in range(6)]
+        out = RowsOut(np.empty((2, *SHAPE), np.int16), np.empty((2, *SHAPE), np.uint8))
+        futures = [fetcher.submit(RowSlice(number, 0, 2), out) for number in range(6)]
         with pytest.raises(StorageError, match="object-missing"):
             futures[0].result()
         for future in futures[1:]:

@@ -81,8 +81,8 @@ def test_the_ranks_shares_make_the_same_global_batches_at_every_world_size(split
     count = 3 * steps_per_pass(split.rows, split.global_batch) + 4
     alone = taken(split.rows, count, seed=seed, **split.order)
     for world_size in (w for w in range(1, split.global_batch + 1) if split.global_batch % w == 0):
-        place = {"seed": seed, "world_size": world_size, **split.order}
-        ranks = [taken(split.rows, count, rank=rank, **place) for rank in range(world_size)]
+        share = {"seed": seed, "world_size": world_size, **split.order}
+        ranks = [taken(split.rows, count, rank=rank, **share) for rank in range(world_size)]
         assert {len(batch) for rank in ranks for batch in rank} == {split.global_batch // world_size}
         assert [joined(shares) for shares in zip(*ranks, strict=True)] == alone
 
@@ -203,8 +203,8 @@ def test_within_a_class_the_shuffle_is_uniform():
 def test_evaluation_gives_every_row_once_and_every_rank_as_many_batches(split):
     rows, global_batch = split.rows, split.global_batch
     for world_size in (w for w in range(1, global_batch + 1) if global_batch % w == 0):
-        place = {"global_batch": global_batch, "world_size": world_size, "extents": split.extents}
-        ranks = [list(evaluation_batches(rows, rank=rank, **place)) for rank in range(world_size)]
+        share = {"global_batch": global_batch, "world_size": world_size, "extents": split.extents}
+        ranks = [list(evaluation_batches(rows, rank=rank, **share)) for rank in range(world_size)]
         assert {len(batches) for batches in ranks} == {-(-sum(rows) // global_batch)}
         together = [flat(share) for batch in zip(*ranks, strict=True) for share in batch]
         assert sorted(joined(together)) == every(rows)

@@ -91,10 +91,10 @@ def test_training_batches_are_those_of_the_order_at_every_world_size(
 ) -> None:
     store = open_store(tmp_path if kind == "folder" else request.getfixturevalue("s3_uri"))
     manifest = filled(store)
-    place = {"global_batch": 4, "seed": 5}
+    share = {"global_batch": 4, "seed": 5}
     together: list[list[int]] = [[] for _ in range(7)]
     for rank in range(world_size):
-        mine = {**place, "rank": rank, "world_size": world_size}
+        mine = {**share, "rank": rank, "world_size": world_size}
         with PatchStream(store, manifest, "train", CONFIG, **mine) as stream:
             batches = list(islice(stream, 7))  # more than three passes
         assert [numbers_of(batch) for batch in batches] == expected(training_batches(ROWS, **mine), 7)
@@ -103,7 +103,7 @@ def test_training_batches_are_those_of_the_order_at_every_world_size(
         assert {batch.image_hu.shape for batch in batches} == {(4 // world_size, *SHAPE)}
         for step, batch in enumerate(batches):
             together[step] += numbers_of(batch)
-    assert together == expected(training_batches(ROWS, **place), 7)
+    assert together == expected(training_batches(ROWS, **share), 7)
     assert not our_threads()
 
 
@@ -135,10 +135,10 @@ def test_evaluation_gives_every_patch_once_and_fills_up_with_ignore(tmp_path: Pa
     manifest = filled(store)
     real, padding = [], 0
     for rank in range(world_size):
-        place = {"global_batch": 4, "rank": rank, "world_size": world_size}
-        with PatchStream(store, manifest, "val", CONFIG, training=False, **place) as stream:
+        share = {"global_batch": 4, "rank": rank, "world_size": world_size}
+        with PatchStream(store, manifest, "val", CONFIG, training=False, **share) as stream:
             batches = list(stream)
-        wanted = expected(evaluation_batches(ROWS, **place))
+        wanted = expected(evaluation_batches(ROWS, **share))
         assert len(batches) == 3
         for batch, numbers in zip(batches, wanted, strict=True):
             assert batch.mask.shape == (4 // world_size, *SHAPE)
@@ -163,9 +163,9 @@ def test_an_empty_split_has_no_batches_to_evaluate_and_is_refused_for_training(t
 def test_workers_that_do_not_divide_the_batch_are_refused(tmp_path: Path, training: bool) -> None:
     store = open_store(tmp_path)
     for world_size in (3, 8):
-        place = {"global_batch": 4, "world_size": world_size}
+        share = {"global_batch": 4, "world_size": world_size}
         with pytest.raises(ConfigError, match="world-size"):
-            PatchStream(store, filled(store), "train", CONFIG, training=training, **place)
+            PatchStream(store, filled(store), "train", CONFIG, training=training, **share)
 
 
 @pytest.mark.alone

@@ -76,8 +76,8 @@ def assert_same(batches: list[Arrays], patches: list[list[int]]) -> None:
         np.testing.assert_array_equal(mask, [voxels(n)[1] for n in numbers])
 
 
-def training_patches(steps: int, **place: int) -> list[list[int]]:
-    plan = islice(training_batches(ROWS, **place), steps)
+def training_patches(steps: int, **share: int) -> list[list[int]]:
+    plan = islice(training_batches(ROWS, **share), steps)
     return [[2 * s.record_batch + row for s in batch for row in range(s.start, s.stop)] for batch in plan]
 
 
@@ -136,10 +136,10 @@ def test_a_storm_of_all_faults_leaves_the_order_as_it_is_at_every_rank(bad_netwo
     random.Random(1).shuffle(storm)
     for rank in range(2):
         bad_network.proxy.script["GET"].extend(storm)
-        place = {"global_batch": 4, "rank": rank, "world_size": 2, "seed": 3}
-        with PatchStream(bad_network.store, bad_network.manifest, "train", CONFIG, **place) as stream:
+        share = {"global_batch": 4, "rank": rank, "world_size": 2, "seed": 3}
+        with PatchStream(bad_network.store, bad_network.manifest, "train", CONFIG, **share) as stream:
             batches = taken(stream, 13)  # more than two epochs
-        assert_same(batches, training_patches(13, **place))
+        assert_same(batches, training_patches(13, **share))
     assert not bad_network.proxy.script["GET"]
 
 
