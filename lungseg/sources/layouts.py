@@ -18,19 +18,26 @@ from pathlib import Path
 from typing import Any
 
 from lungseg.errors import DataError
-from lungseg.scan.volume import SUFFIXES
+from lungseg.scan.identity import as_read
+from lungseg.scan.volume import SUFFIXES, split_name
 
+FOLDERS = (("images", "masks"), ("imagesTr", "labelsTr"))
 CHANNEL = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})")
 
 
 @dataclass(frozen=True)
 class Layout:
     """Images and masks by case name, the same names in both; `labels` is name -> value without the
-    background, empty where no dataset.json says."""
+    background, empty where no dataset.json says; `left_out` is what lies beside them and is no image."""
 
     images: dict[str, Path]
     masks: dict[str, Path]
     labels: dict[str, int] = field(default_factory=dict)
+    left_out: tuple[Path, ...] = ()
+
+
+def is_layout(folder: Path) -> bool:
+    return any(all((folder / name).is_dir() for name in names) for names in FOLDERS)
 
 
 def read_layout(folder: Path) -> Layout:
@@ -41,8 +48,9 @@ def read_layout(folder: Path) -> Layout:
     """
     table = folder / "dataset.json"
     described = _described(table) if table.exists() else {}
-    names = ("imagesTr", "labelsTr") if (folder / "imagesTr").is_dir() else ("images", "masks")
-    images, masks = (_by_stem(folder / name) for name in names)
+    names = FOLDERS[(folder / "imagesTr").is_dir()]
+    (images, others), (masks, others_too) = (_by_stem(folder / name) for name in names)
+    left_out = tuple(path.relative_to(folder) for path in [*others, *others_too])
     images = _without_channel(images, masks)
     if not images and not masks:
         remedy = f"put {', '.join(SUFFIXES)} files in {names[0]}/ and {names[1]}/"
@@ -56,7 +64,7 @@ def read_layout(folder: Path) -> Layout:
     if promised != len(images):
         remedy = "copy the missing files, or correct numTraining"
         raise DataError("dataset-incomplete", file=table, promised=promised, here=len(images), remedy=remedy)
-    return Layout(images, masks, _labels(described.get("labels", {}), table))
+    return Layout(images, masks, _labels(described.get("labels", {}), table), left_out)
 
 
 def _described(table: Path) -> dict[str, Any]:
@@ -71,7 +79,7 @@ def _described(table: Path) -> dict[str, Any]:
     if count > 1:
         shown = ", ".join(map(str, channels.values() if isinstance(channels, Mapping) else channels))
         raise _multichannel(table, shown)
-    if ending not in SUFFIXES:
+    if str(ending).lower() not in SUFFIXES:
         remedy = f"convert the files to one of {', '.join(SUFFIXES)}"
         raise DataError("file-ending", file=table, file_ending=ending, remedy=remedy)
     assert isinstance(tree, dict)  # it has .get
@@ -114,20 +122,26 @@ def _without_channel(images: dict[str, Path], masks: dict[str, Path]) -> dict[st
     return named
 
 
-def _by_stem(folder: Path) -> dict[str, Path]:
+def _by_stem(folder: Path) -> tuple[dict[str, Path], list[Path]]:
+    """The images of a folder by name, and what else is in it, hidden files apart."""
     if not folder.is_dir():
         remedy = "give a folder with images/ and masks/ in it, or imagesTr/ and labelsTr/"
         raise DataError("folder-missing", folder=folder, remedy=remedy)
     files: dict[str, Path] = {}
+    others: list[Path] = []
     for path in sorted(folder.iterdir()):
-        suffix = next((one for one in SUFFIXES if path.name.endswith(one)), None)
-        if suffix is None or path.name.startswith("."):
+        name, suffix = split_name(as_read(path.name))
+        if name.startswith("."):
             continue
-        stem = path.name.removesuffix(suffix)
-        if stem in files:
-            raise _ambiguous(path, files[stem])
-        files[stem] = path
-    return files
+        if not suffix or path.is_dir():
+            others.append(path)
+        elif name in files:
+            raise _ambiguous(path, files[name])
+        else:
+            files[name] = path
+    headers = [path for path in files.values() if path.suffix.lower() == ".mhd"]
+    voxels = {f"{path.stem}{suffix}" for path in headers for suffix in (".raw", ".zraw")}
+    return files, [path for path in others if path.name not in voxels]
 
 
 def _ambiguous(file: Path, other: Path) -> DataError:

@@ -125,7 +125,7 @@ def _series_folders(dicom_dir: Path, check: bool) -> dict[str, tuple[Path, int]]
     found: dict[str, tuple[Path, int]] = {}
     for path, subfolders, names in os.walk(dicom_dir):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        files = sorted(name for name in names if name.endswith(".dcm") and not name.startswith("."))
+        files = sorted(name for name in names if name.lower().endswith(".dcm") and not name.startswith("."))
         if not files:
             continue
         try:

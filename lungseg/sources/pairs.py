@@ -29,6 +29,7 @@ from lungseg.errors import DataError, GeometryError
 from lungseg.scan.identity import as_read, case_id, case_key
 from lungseg.scan.volume import Geometry, bounding_box, read_geometry, read_image, read_labels, vector
 from lungseg.sources.layouts import read_layout
+from lungseg.telemetry import log
 
 SAME_PLACE_MM = 0.01
 BY_NAME = "by name; patients.csv changes it"
@@ -80,6 +81,8 @@ def find_cases(folder: Path, config: PairsConfig, check: bool = True) -> list[Pa
     """
     folder = Path(folder)
     layout = read_layout(folder)
+    if layout.left_out:
+        log("data").warning("no images, and left out: %s", ", ".join(map(str, layout.left_out)))
     labels = _meaning(layout.labels, config, folder / "dataset.json")
     patients = _patients(folder / "patients.csv")
     key = case_key()

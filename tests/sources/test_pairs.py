@@ -61,6 +61,24 @@ def test_pairs_are_matched_by_name_whatever_the_format(tmp_path):
     assert scan.mask.dtype == scan.ignore.dtype == np.uint8
 
 
+def test_every_format_is_read_in_any_case_of_letters_and_what_is_none_is_named(tmp_path, caplog):
+    for number, suffix in enumerate((".nii.gz", ".mha", ".mhd", ".nrrd", ".nii")):
+        pair(tmp_path, f"scan{number}", suffixes=(suffix, suffix))
+    for kind in ("images", "masks"):
+        (tmp_path / kind / "scan0.nii.gz").rename(tmp_path / kind / "scan0.NII.gz")
+        (tmp_path / kind / "scan1.mha").rename(tmp_path / kind / "scan1.MHA")
+    # One letter or two: macOS takes names apart.
+    pair(tmp_path, "J\u00f6rg")
+    (tmp_path / "masks" / "J\u00f6rg.nii.gz").rename(tmp_path / "masks" / "Jo\u0308rg.nii.gz")
+    (tmp_path / "images" / "notes.docx").write_bytes(b"")
+    (tmp_path / "masks" / "old.nii").mkdir()
+    (tmp_path / "masks" / ".DS_Store").write_bytes(b"")
+    cases = find_cases(tmp_path)
+    assert len(cases) == 6
+    assert all((case.load().volume.volume_hu == -700).all() for case in cases)
+    assert caplog.messages == ["no images, and left out: images/notes.docx, masks/old.nii"]
+
+
 def test_each_component_is_a_nodule_with_its_centre_and_the_diameter_of_a_ball(tmp_path):
     mask = np.zeros((20, 40, 60), np.uint16)
     z, y, x = np.indices(mask.shape)
