@@ -87,13 +87,17 @@ def _score(
         with progress("test scans evaluated") as report:
             result = evaluate_split(store, manifest, best, "test", out / "evaluation", report)
     with _stage("predict", seconds), progress("windows") as report:
-        from lungseg.segment import inputs, predict
+        from lungseg.scan.dicom import read_series
+        from lungseg.scan.identity import scan_id
+        from lungseg.segment import predict
         from lungseg.segment.outputs import nifti
 
         cases, _ = lidc.find_cases(out / "dicom", best.recipe.data.lidc)
         case, folder = next((c.case_id, c.folder) for c in cases if c.case_id in manifest.cases["test"])
-        found = predict.segment(best.predict, inputs.read_input(folder), best.recipe, report)
-        nifti.write(found, out / "prediction" / case, run=NAME, checkpoint=checkpoint)
+        volume = read_series(folder)
+        found = predict.segment(best.predict, volume, best.recipe, report)
+        scan = scan_id(volume, b"no patient's, so no secret")
+        nifti.write(found, out / "prediction" / case, scan=scan, run=NAME, checkpoint=checkpoint)
     scores = {
         "checkpoint": checkpoint,
         "model": result.model,

@@ -17,8 +17,8 @@ from lungseg.errors import LungsegError
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command line and exit: 0, 2 for what a user can cure, 3 for a data set that broken scans were
-    left out of, 130 after Ctrl-C, 1 for anything else.
+    """Run one command line and exit: 0, 2 for what a user can cure, 3 where scans that
+    cannot be used were left out, 130 after Ctrl-C, 1 for anything else.
 
     Whatever fails ends in one line on standard error.
     """

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lungseg.cli.app import app, prepare_app
-from lungseg.cli.ends import INCOMPLETE, end
+from lungseg.cli.ends import INCOMPLETE, Refused, end
 from lungseg.cli.options import (
     STORE,
     DataName,
     Out,
     Overrides,
     RecipeFile,
+    Series,
     StoreUri,
     read_recipe,
 )
@@ -112,15 +113,32 @@ def ids(
     inputs: Annotated[
         list[Path], typer.Argument(metavar="INPUT...", help="Folders of pairs, or scans as of predict.")
     ],
+    series: Series = None,
 ) -> None:
     """Show the case ids of scans. So one finds again what a report is about; nothing is written."""
-    from lungseg.scan.identity import case_id, case_key
-    from lungseg.segment.inputs import case_name
-    from lungseg.sources.layouts import read_layout
+    from lungseg.errors import DataError
+    from lungseg.scan.identity import case_key
 
-    key = case_key()
-    folders = ("imagesTr", "images")
+    key, refused, shown = case_key(), Refused(), 0
     for path in inputs:
-        pairs = any((path / one).is_dir() for one in folders)
-        for name in sorted(read_layout(path).images) if pairs else [case_name(path)]:
-            print(f"{case_id(name, key)}  {name}")
+        try:
+            lines = _ids(path, key, series)
+        except DataError as error:
+            if len(inputs) == 1:
+                raise
+            refused(str(path), error)
+        else:
+            print("\n".join(lines))
+            shown += 1
+    refused.end(some_done=shown > 0)
+
+
+def _ids(path: Path, key: bytes, series: str | None) -> list[str]:
+    from lungseg.scan.identity import case_id
+    from lungseg.segment.inputs import find_inputs, require_inputs
+    from lungseg.sources.layouts import is_layout, read_layout
+
+    if is_layout(path):
+        return [f"{case_id(name, key)}  {name}" for name in sorted(read_layout(path).images)]
+    require_inputs([path])
+    return [f"{one.case_id}  {one.title}" for one in find_inputs(path, key, series)]

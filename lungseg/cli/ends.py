@@ -7,6 +7,8 @@ import tempfile
 import traceback
 from typing import NoReturn
 
+from lungseg.errors import LungsegError
+
 INTERRUPTED = 130
 INCOMPLETE = 3
 
@@ -16,10 +18,28 @@ def end(text: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
+class Refused:
+    """Inputs that could not be used, each told on standard error as it comes; the others go on."""
+
+    def __init__(self) -> None:
+        self._codes: list[str] = []
+
+    def __call__(self, title: str, error: LungsegError) -> None:
+        self._codes.append(f"{title} ({error.code})")
+        print(f"lungseg: {title}: {error}", file=sys.stderr, flush=True)
+
+    def end(self, some_done: bool) -> None:
+        """Ends the command if there were any: with 3, or with 2 if they were all."""
+        if self._codes:
+            which = f"{len(self._codes)} scans" if some_done else "all scans"
+            listing = ", ".join(self._codes)
+            end(f"{which} could not be used: {listing}", INCOMPLETE if some_done else 2)
+
+
 def unexpected(error: Exception) -> str:
     """One line for an error that is not ours; its traceback goes to a file that the line names."""
     with tempfile.NamedTemporaryFile(
-        "w", prefix="lungseg-error-", suffix=".log", delete=False, encoding="utf-8"
+        "w", prefix="lungseg-error-", suffix=".log", delete=False, encoding="utf-8", errors="backslashreplace"
     ) as file:
         traceback.print_exception(error, file=file)
     said = str(error).strip().partition("\n")[0][:200]

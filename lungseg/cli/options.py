@@ -36,6 +36,8 @@ OptionalStoreUri = Annotated[str | None, _STORE]
 DataName = Annotated[str, typer.Option("--data", callback=checked_name, help="Name of the data set.")]
 RunName = Annotated[str, typer.Option("--run", callback=checked_name, help="Name of the run.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder for the results.")]
+SERIES_HELP = "One CT series of a folder: its number, as `ids` shows them, or its UID. Default: all."
+Series = Annotated[str | None, typer.Option("--series", help=SERIES_HELP)]
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="YAML file of settings.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="One setting: section.field=value.")]
 STORE = "./lungseg-store"

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lungseg.cli.app import app
-from lungseg.cli.options import (
-    STORE,
-    Out,
-    RunName,
-    StoreUri,
-)
+from lungseg.cli.ends import Refused
+from lungseg.cli.options import STORE, Out, RunName, Series, StoreUri
 
 if TYPE_CHECKING:
-    pass
+    from lungseg.scan.volume import Volume
 
 
 @app.command()
@@ -48,31 +45,44 @@ def evaluate(
 @app.command()
 def predict(
     inputs: Annotated[
-        list[Path], typer.Argument(metavar="INPUT...", help="DICOM folders, NIfTI or NRRD files.")
+        list[Path], typer.Argument(metavar="INPUT...", help="DICOM folders, NIfTI, NRRD or MetaImage files.")
     ],
     run: RunName,
     out: Out,
     store: StoreUri = STORE,
+    series: Series = None,
 ) -> None:
-    """Segment scans: writes OUT/<case id>/mask.nii.gz and nodules.json."""
+    """Segment scans: writes OUT/<case id>/mask.nii.gz and nodules.json of each.
+
+    Scans that cannot be used are named, and the exit code is then 3, or 2 if there was no other.
+    """
     from lungseg.runs.run import load_run
-    from lungseg.segment.inputs import case_ids, read_input
-    from lungseg.segment.outputs.nifti import write
+    from lungseg.scan.identity import case_key, scan_id
+    from lungseg.segment.inputs import Input, read_inputs, require_inputs
+    from lungseg.segment.outputs.nifti import require_own, write
     from lungseg.segment.predict import segment
     from lungseg.storage import open_store
     from lungseg.telemetry import progress, quiet_tensorflow
 
-    names = case_ids(inputs)
+    require_inputs(inputs)
     opened = open_store(store)
     load_run(opened, run)
-    first = read_input(inputs[0])  # a wrong input is told before TensorFlow takes its seconds
-    with quiet_tensorflow():
-        from lungseg.runs.export import load_best
+    key, refused = case_key(), Refused()
 
-        best = load_best(opened, run)
-    for number, (path, name) in enumerate(zip(inputs, names, strict=True)):
-        volume = read_input(path) if number else first
-        with progress(name) as report:
-            found = segment(best.predict, volume, best.recipe, report)
-        write(found, out / name, run=run, checkpoint=best.checkpoint)
-        print(f"{path}: {len(found.nodules)} nodules, {out / name / 'mask.nii.gz'}")
+    def accept(one: Input, volume: Volume) -> None:
+        require_own(out / one.case_id, scan_id(volume, key))
+
+    scans = read_inputs(inputs, key, series, accept, refused)
+    first = next(scans, None)  # wrong inputs are told before TensorFlow takes its seconds
+    if first:
+        with quiet_tensorflow():
+            from lungseg.runs.export import load_best
+
+            best = load_best(opened, run)
+        for one, volume in chain([first], scans):
+            with progress(one.case_id) as report:
+                found = segment(best.predict, volume, best.recipe, report)
+            folder = out / one.case_id
+            write(found, folder, scan=scan_id(volume, key), run=run, checkpoint=best.checkpoint)
+            print(f"{one.title}: {len(found.nodules)} nodules, {folder / 'mask.nii.gz'}")
+    refused.end(some_done=first is not None)

@@ -23,6 +23,7 @@ Fault -> behaviour (tests: tests/scan/test_dicom*.py):
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +67,11 @@ def read_series(folder: Path, series_uid: str | None = None) -> Volume:
     "slices-duplicate", "slices-missing", "gantry-tilt", "slices-irregular", "spacing-implausible".
     """
     folder = Path(folder)
-    files = choose_series(find_series(folder), folder, series_uid)
+    return read_slices(choose_series(find_series(folder), folder, series_uid), folder)
+
+
+def read_slices(files: Sequence[Path], folder: Path) -> Volume:
+    """The volume of one series' files, as `find_series` lists them for `folder`. Raises as `read_series`."""
     with ThreadPoolExecutor(THREADS) as pool:
         slices = list(pool.map(lambda path: _read_slice(path, folder), files))
     return _stack(slices)

@@ -17,7 +17,10 @@ import secrets
 import unicodedata
 from pathlib import Path
 
+import numpy as np
+
 from lungseg.errors import ConfigError
+from lungseg.scan.volume import Volume
 from lungseg.telemetry import log
 
 VARIABLE = "LUNGSEG_CASE_KEY"
@@ -28,6 +31,15 @@ ID_BYTES = 8  # two of a million scans share an id with a probability of 3e-8
 def case_id(name: str, key: bytes) -> str:
     """16 hex digits; bytes of a file's name that are no UTF-8 count as they are."""
     return hmac.digest(key, os.fsencode(as_read(name)), "sha256")[:ID_BYTES].hex()
+
+
+def scan_id(volume: Volume, key: bytes) -> str:
+    """16 hex digits of the voxels and where they lie: the same for the same scan, whatever it is called."""
+    grid = volume.geometry
+    place = [*grid.spacing_mm, *grid.origin_lps_mm, *np.ravel(grid.direction_lps)]
+    seen = hmac.new(key, repr((grid.shape_zyx, np.round(place, 3).tolist())).encode(), "sha256")
+    seen.update(np.ascontiguousarray(volume.volume_hu, "<i2"))
+    return seen.hexdigest()[: 2 * ID_BYTES]
 
 
 def as_read(name: str) -> str:

@@ -46,8 +46,21 @@ def _reader(path: Path) -> sitk.ImageFileReader:
     reader = sitk.ImageFileReader()
     # Named, since ITK knows a format by its suffix in small letters only.
     reader.SetImageIO(READERS[path.suffix.lower()])
-    reader.SetFileName(str(path))
+    reader.SetFileName(itk_name(path))
     return reader
+
+
+def itk_name(path: Path) -> str:
+    """The path as SimpleITK takes it: one that is no text would end the whole process in C++.
+
+    Raises DataError("path-not-text").
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        remedy = "rename it, or the folder that is so called, with UTF-8 letters"
+        raise DataError("path-not-text", file=path, remedy=remedy) from error
+    return str(path)
 
 
 def _require_stated(path: Path) -> None:

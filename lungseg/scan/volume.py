@@ -150,7 +150,7 @@ def write_mask(path: Path, mask: np.ndarray, geometry: Geometry) -> None:
     image = to_sitk(mask.astype(np.uint8, copy=False), geometry)
     temporary = path.with_name(f".{os.getpid()}-{path.name}")
     try:
-        sitk.WriteImage(image, str(temporary), useCompression=True)
+        sitk.WriteImage(image, itk_files.itk_name(temporary), useCompression=True)
         os.replace(temporary, path)
     except (RuntimeError, OSError) as error:
         remedy = "check that the folder exists and has room"

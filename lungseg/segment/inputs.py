@@ -1,51 +1,117 @@
-"""What `predict` takes: a folder of a DICOM series, a NIfTI or an NRRD file, and the case id it gets."""
+"""What `predict` takes, and who is who in it: an image file is a scan, and so is each CT series of a folder.
+
+A scan's case id is the keyed hash of its own name: the file's, the folder's, or that of the link it is given
+by, as in `lungseg prepare pairs`. Where a folder holds several series it is that of the series' UID.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from lungseg.errors import DataError
-from lungseg.scan.dicom import read_series
-from lungseg.scan.identity import case_id, case_key
-from lungseg.scan.volume import SUFFIXES, Volume, read_image
+from lungseg.errors import DataError, GeometryError, LungsegError
+from lungseg.scan.dicom import read_slices
+from lungseg.scan.identity import case_id
+from lungseg.scan.series import choose_series, find_series, shown
+from lungseg.scan.volume import Volume, read_image, split_name
+
+Refuse = Callable[[str, LungsegError], None]
 
 
-def read_input(path: Path) -> Volume:
-    """The scan of a DICOM folder, or of a NIfTI or NRRD file.
+@dataclass(frozen=True)
+class Input:
+    """One scan: the image file `path`, or those files of the folder `path` that are the slices of one series.
+    `title` names it for its user alone."""
 
-    Raises DataError("input-missing") and whatever `dicom.read_series` or `volume.read_image` raise.
-    """
-    path = Path(path)
-    _require(path)
-    return read_series(path) if path.is_dir() else read_image(path)
+    case_id: str
+    title: str
+    path: Path
+    slices: tuple[Path, ...] = ()
+
+    def read(self) -> Volume:
+        """Raises as `dicom.read_series` or `volume.read_image`."""
+        return read_slices(self.slices, self.path) if self.slices else read_image(self.path)
 
 
 def case_name(path: Path) -> str:
     """The input's own name, without an image suffix."""
-    name = Path(path).resolve().name
-    suffix = max((s for s in SUFFIXES if name.endswith(s)), key=len, default="")
-    return name.removesuffix(suffix) or "scan"
+    return split_name(os.path.basename(os.path.abspath(path)))[0] or "scan"
 
 
-def case_ids(inputs: Sequence[Path]) -> list[str]:
-    """A folder name for each input, before any work is done: the keyed hash of the input's own name, which
-    `lungseg prepare pairs` gives the same scan.
+def require_inputs(paths: Sequence[Path]) -> None:
+    """What can be told before any work is done.
 
-    Raises DataError("input-missing"), DataError("input-ambiguous") if two would share a folder, and as
-    `case_key`.
+    Raises DataError("input-missing"), and DataError("input-ambiguous") if two would share a folder.
     """
-    for path in inputs:
-        _require(Path(path))
-    names = [case_name(path) for path in inputs]
+    for path in paths:
+        if not path.exists():
+            remedy = "give a DICOM folder, a NIfTI, NRRD or MetaImage file"
+            raise DataError("input-missing", input=path, remedy=remedy)
+    names = [case_name(path) for path in paths]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         remedy = "rename one, or predict them with different --out"
         raise DataError("input-ambiguous", names=",".join(twice), remedy=remedy)
-    key = case_key()
-    return [case_id(name, key) for name in names]
 
 
-def _require(path: Path) -> None:
-    if not path.exists():
-        raise DataError("input-missing", input=path, remedy="give a DICOM folder, a NIfTI or an NRRD file")
+def find_inputs(path: Path, key: bytes, series: str | None = None) -> list[Input]:
+    """The scans at `path`: all CT series of a folder, in the order of their first files' names, or only that
+    which `series` names by its number in this order, from 1, or by its UID. Voxels are not read.
+
+    Raises DataError("series-none", "series-missing") and as `dicom.find_series`.
+    """
+    if not path.is_dir():
+        if series is not None:
+            raise DataError("series-missing", input=path, remedy="leave --series out: this is no folder")
+        return [Input(case_id(case_name(path), key), str(path), path)]
+    found = find_series(path)
+    if not found:
+        choose_series(found, path, None)  # which raises
+    inputs, listing = [], []
+    for number, (uid, files) in enumerate(found.items(), 1):
+        name, title = case_name(path), str(path)
+        if len(found) > 1:
+            slices = f"{len(files)} slices, first {shown(files[0].relative_to(path))}"
+            listing.append(f"{number}: {slices}")
+            name, title = uid, f"{path}, series {number} of {len(found)} ({slices})"
+        if series in (None, str(number), uid):
+            inputs.append(Input(case_id(name, key), title, path, tuple(files)))
+    if not inputs:
+        remedy = "give --series a number of these or a UID, or leave it out for all"
+        message = "; ".join(listing) or "there is one series"
+        raise DataError("series-missing", folder=path, message=message, remedy=remedy)
+    return inputs
+
+
+def read_inputs(
+    paths: Sequence[Path],
+    key: bytes,
+    series: str | None,
+    accept: Callable[[Input, Volume], None],
+    refuse: Refuse,
+) -> Iterator[tuple[Input, Volume]]:
+    """The scans at all `paths` that can be read and that `accept` raises nothing for, one at a time.
+
+    Any other goes to `refuse` with its title and error, and the next one follows; of a single scan the error
+    is raised.
+    """
+    for path in paths:
+        try:
+            inputs = find_inputs(path, key, series)
+        except (DataError, GeometryError) as error:
+            if len(paths) == 1:
+                raise
+            refuse(str(path), error)
+            continue
+        for one in inputs:
+            try:
+                volume = one.read()
+                accept(one, volume)
+            except (DataError, GeometryError) as error:
+                if len(paths) == len(inputs) == 1:
+                    raise
+                refuse(one.title, error)
+            else:
+                yield one, volume

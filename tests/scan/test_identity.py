@@ -83,5 +83,6 @@ def test_the_verb_ids_shows_which_scan_has_which(tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main(["ids", str(tmp_path), str(tmp_path / "images" / "anna.nii.gz")])
     assert ended.value.code == 0
-    line = f"{case_id('anna', case_key())}  anna"
-    assert capsys.readouterr().out.splitlines() == [line, line]
+    anna = case_id("anna", case_key())
+    file = tmp_path / "images" / "anna.nii.gz"
+    assert capsys.readouterr().out.splitlines() == [f"{anna}  anna", f"{anna}  {file}"]

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import SimpleITK as sitk  # noqa: N813
 
 from lungseg.config import Recipe, parse_recipe
 from lungseg.errors import DataError
+from lungseg.scan.dicom import read_series
 from lungseg.scan.volume import Geometry, Volume, read_labels
-from lungseg.segment.inputs import case_name, read_input
 from lungseg.segment.outputs.nifti import write
 from lungseg.segment.predict import Segmentation, segment
 
@@ -93,7 +92,7 @@ def test_results_hold_the_mask_on_the_scans_grid_and_the_nodules(tmp_path: Path)
     volume = chest(geometry())
     found = segment(dense, volume, RECIPE)
 
-    write(found, tmp_path / "out/case", run="first", checkpoint="120-ab12")
+    write(found, tmp_path / "out/case", scan="0011aabb", run="first", checkpoint="120-ab12")
 
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["case", "mask.nii.gz", "nodules.json", "out"]
     mask, grid = read_labels(tmp_path / "out/case/mask.nii.gz")
@@ -104,7 +103,12 @@ def test_results_hold_the_mask_on_the_scans_grid_and_the_nodules(tmp_path: Path)
 
     said = json.loads((tmp_path / "out/case/nodules.json").read_text())
     assert said["disclaimer"].startswith("research use only")
-    assert (said["run"], said["checkpoint"], said["threshold"]) == ("first", "120-ab12", 0.5)
+    assert (said["scan"], said["run"], said["checkpoint"], said["threshold"]) == (
+        "0011aabb",
+        "first",
+        "120-ab12",
+        0.5,
+    )
     assert said["spacing_mm_zyx"] == [2.5, 1.3, 1.5]
     assert said["lungs_found"] is True
     assert [nodule["label"] for nodule in said["nodules"]] == [1]
@@ -117,23 +121,31 @@ def tiny(value: int) -> Segmentation:
 
 
 def test_earlier_results_are_replaced_and_foreign_folders_left_alone(tmp_path: Path) -> None:
-    write(tiny(0), tmp_path / "case", run="r", checkpoint="1")
-    write(tiny(1), tmp_path / "case", run="r", checkpoint="2")
+    write(tiny(0), tmp_path / "case", scan="s", run="r", checkpoint="1")
+    write(tiny(1), tmp_path / "case", scan="s", run="r", checkpoint="2")
     assert [path.name for path in tmp_path.iterdir()] == ["case"]
     assert read_labels(tmp_path / "case/mask.nii.gz")[0].all()
     assert json.loads((tmp_path / "case/nodules.json").read_text())["checkpoint"] == "2"
 
+    for _ in range(2):
+        with pytest.raises(DataError, match="output-of-another-scan"):
+            write(tiny(0), tmp_path / "case", scan="another", run="r", checkpoint="3")
+        said = json.loads((tmp_path / "case/nodules.json").read_text())
+        assert said.pop("checkpoint") == "2"
+        said = {"checkpoint": "2"}  # as versions wrote that did not say of which scan
+        (tmp_path / "case/nodules.json").write_text(json.dumps(said))
+
     (tmp_path / "scans").mkdir()
     (tmp_path / "scans/IMG0001.dcm").write_bytes(b"scan")
     with pytest.raises(DataError, match="output-foreign"):
-        write(tiny(1), tmp_path / "scans", run="r", checkpoint="2")
+        write(tiny(1), tmp_path / "scans", scan="s", run="r", checkpoint="2")
     assert (tmp_path / "scans/IMG0001.dcm").read_bytes() == b"scan"
 
 
 def test_an_interrupted_write_leaves_nothing_and_keeps_earlier_results(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write(tiny(0), tmp_path / "case", run="r", checkpoint="1")
+    write(tiny(0), tmp_path / "case", scan="s", run="r", checkpoint="1")
 
     def interrupted(path: Path, *_: object) -> None:
         path.write_bytes(b"half")
@@ -142,7 +154,7 @@ def test_an_interrupted_write_leaves_nothing_and_keeps_earlier_results(
     monkeypatch.setattr("lungseg.segment.outputs.nifti.write_mask", interrupted)
     for name in ("case", "other"):
         with pytest.raises(KeyboardInterrupt):
-            write(tiny(1), tmp_path / name, run="r", checkpoint="2")
+            write(tiny(1), tmp_path / name, scan="s", run="r", checkpoint="2")
     assert [path.name for path in tmp_path.iterdir()] == ["case"]
     assert json.loads((tmp_path / "case/nodules.json").read_text())["checkpoint"] == "1"
 
@@ -150,47 +162,14 @@ def test_an_interrupted_write_leaves_nothing_and_keeps_earlier_results(
 def test_an_output_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="output-unwritable"):
-        write(tiny(1), tmp_path / "file/case", run="r", checkpoint="1")
-
-
-def test_a_missing_input_and_a_file_that_is_no_image_are_errors(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="input-missing"):
-        read_input(tmp_path / "nowhere")
-    for name in ("notes.txt", "broken.nii.gz", "broken.nrrd"):
-        (tmp_path / name).write_text("not an image")
-        with pytest.raises(DataError):
-            read_input(tmp_path / name)
-    with pytest.raises(DataError):
-        read_input(tmp_path)  # a folder without DICOM
-
-
-@pytest.mark.parametrize("name", ["scan.nii.gz", "scan.nii", "scan.nrrd"])
-def test_nifti_and_nrrd_are_read_with_their_geometry(tmp_path: Path, name: str) -> None:
-    image = sitk.GetImageFromArray(np.arange(24, dtype=np.int16).reshape(2, 3, 4))
-    image.SetSpacing((0.5, 0.75, 2.0))
-    image.SetOrigin((-10.0, 20.0, 30.0))
-    sitk.WriteImage(image, str(tmp_path / name))
-    volume = read_input(tmp_path / name)
-    np.testing.assert_array_equal(volume.volume_hu.ravel(), np.arange(24))
-    assert volume.geometry.spacing_mm == pytest.approx((2.0, 0.75, 0.5))
-    assert volume.geometry.origin_lps_mm == pytest.approx((-10, 20, 30))
-
-
-def test_cases_are_named_after_their_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert case_name(Path("a/p01.v2.nii.gz")) == "p01.v2"
-    assert case_name(Path("p01.nii")) == "p01"
-    assert case_name(Path("p01.nrrd")) == "p01"
-    assert case_name(Path("dicom/1.2.840/")) == "1.2.840"
-    assert case_name(Path(".")) == tmp_path.name
-    assert case_name(Path("/")) == "scan"
+        write(tiny(1), tmp_path / "file/case", scan="s", run="r", checkpoint="1")
 
 
 def test_a_mask_of_a_real_dicom_series_lies_on_dense_tissue_in_its_lungs() -> None:
     folder = SHARED / "ct64"
     if not folder.is_dir():
         pytest.skip("needs a chest CT series at ../shared/data/ct64 beside the checkout")
-    volume = read_input(folder)
+    volume = read_series(folder)
 
     found = segment(lambda hu: (hu > -500).astype(np.float32), volume, RECIPE)
 

@@ -16,21 +16,38 @@ from lungseg.segment.predict import Segmentation
 DISCLAIMER = "research use only: not a medical device, not for diagnosis"
 
 
-def write(segmentation: Segmentation, folder: Path, *, run: str, checkpoint: str) -> None:
+def require_own(folder: Path, scan: str) -> None:
+    """Raises DataError("output-foreign") if `folder` is there and holds no results, and
+    DataError("output-of-another-scan") if they are not those of `scan`: names of folders come again from
+    patient to patient."""
+    if not folder.exists():
+        return
+    try:
+        earlier = json.loads((folder / "nodules.json").read_bytes())["scan"]
+    except (OSError, ValueError) as error:
+        remedy = "give another --out, or remove what is there"
+        raise DataError("output-foreign", folder=folder, remedy=remedy) from error
+    except (LookupError, TypeError):
+        earlier = None  # an earlier version did not write it down
+    if earlier != scan:
+        remedy = "give another --out, or remove that folder if the scan was replaced"
+        raise DataError("output-of-another-scan", folder=folder, remedy=remedy)
+
+
+def write(segmentation: Segmentation, folder: Path, *, scan: str, run: str, checkpoint: str) -> None:
     """Write `folder`/mask.nii.gz (1 in any nodule) and `folder`/nodules.json, both or none.
 
-    Neither holds patient data. Results of an earlier run in `folder` are replaced.
-    Raises DataError("output-foreign") if `folder` is something else, DataError("output-unwritable").
+    Neither holds patient data. Earlier results of the same scan (see `identity.scan_id`) are replaced.
+    Raises as `require_own`, and DataError("output-unwritable").
     """
     folder = Path(folder)
-    if folder.exists() and not (folder / "nodules.json").is_file():
-        raise DataError("output-foreign", folder=folder, remedy="give another --out, or remove what is there")
+    require_own(folder, scan)
     fresh = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
     stale = fresh.with_name(f"{fresh.name}.old")
     try:
         fresh.mkdir(parents=True)
         write_mask(fresh / "mask.nii.gz", segmentation.labels > 0, segmentation.geometry)
-        text = json.dumps(_describe(segmentation, run, checkpoint), indent=2, allow_nan=False)
+        text = json.dumps(_describe(segmentation, scan, run, checkpoint), indent=2, allow_nan=False)
         (fresh / "nodules.json").write_text(text + "\n", encoding="utf-8")
         if folder.exists():
             os.rename(folder, stale)
@@ -44,10 +61,11 @@ def write(segmentation: Segmentation, folder: Path, *, run: str, checkpoint: str
         shutil.rmtree(stale, ignore_errors=True)
 
 
-def _describe(segmentation: Segmentation, run: str, checkpoint: str) -> dict[str, object]:
+def _describe(segmentation: Segmentation, scan: str, run: str, checkpoint: str) -> dict[str, object]:
     return {
         "disclaimer": DISCLAIMER,
         "software": f"lungseg {__version__}",
+        "scan": scan,
         "run": run,
         "checkpoint": checkpoint,
         "threshold": segmentation.threshold,

@@ -1,0 +1,120 @@
+"""`predict` over several scans: none is taken for another, and a broken one stops no other."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk  # noqa: N813
+from helpers.balls import write_balls
+from helpers.ct_slices import OTHER, SECRETS, write
+from helpers.networks import publish_untrained
+
+from lungseg import cli
+from lungseg.scan.identity import case_id, case_key
+from lungseg.storage import open_store
+
+Ended = tuple[int, list[str], list[str]]
+"""Exit code, lines of standard output, lines of lungseg's own on standard error."""
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("store")
+    opened = open_store(folder)
+    publish_untrained(opened, "r", write_balls(opened))
+    return folder
+
+
+@pytest.fixture
+def predict(store: Path, here: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
+    def run(*words: str) -> Ended:
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["predict", *words, "--run", "r", "--store", str(store), "--out", "out"])
+        out, err = capfd.readouterr()
+        return ended.value.code, out.splitlines(), [line for line in err.splitlines() if "lungseg: " in line]
+
+    return run
+
+
+def scan(path: Path, value: int = -700) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sitk.WriteImage(sitk.GetImageFromArray(np.full((12, 14, 16), value, np.int16)), str(path))
+    return path
+
+
+def id_of(name: str) -> str:
+    return case_id(name, case_key())
+
+
+def test_a_broken_scan_is_named_and_the_others_go_on(predict: Callable[..., Ended], here: Path) -> None:
+    names = [scan(here / f"{letter}.nii.gz").name for letter in "abc"]
+    (here / names[1]).write_bytes((here / names[1]).read_bytes()[:60])
+    code, out, err = predict(*names)
+    assert code == 3
+    assert [line.partition(":")[0] for line in out] == ["a.nii.gz", "c.nii.gz"]
+    assert err[0].startswith("lungseg: b.nii.gz: image-unreadable")
+    assert err[1:] == ["lungseg: 1 scans could not be used: b.nii.gz (image-unreadable)"]
+    assert sorted(path.name for path in (here / "out").iterdir()) == sorted(map(id_of, "ac"))
+
+
+def test_where_no_scan_can_be_used_the_code_is_2_and_no_network_is_loaded(
+    predict: Callable[..., Ended], here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a.nrrd", "b.nii"):
+        (here / name).write_bytes(b"no image")
+    monkeypatch.setattr("lungseg.telemetry.quiet_tensorflow", lambda: pytest.fail("TensorFlow is imported"))
+    code, out, err = predict("a.nrrd", "b.nii")
+    assert (code, out, len(err)) == (2, [], 3)
+    assert err[-1].startswith("lungseg: all scans could not be used: a.nrrd (")
+    code, out, err = predict("b.nii")
+    assert (code, out, len(err)) == (2, [], 1)
+
+
+def test_all_series_of_a_folder_are_segmented_each_by_itself(
+    predict: Callable[..., Ended], here: Path
+) -> None:
+    write(here / "study" / "a")
+
+    def second(number: int, dataset: object) -> None:
+        dataset.SeriesInstanceUID = OTHER
+
+    write(here / "study" / "b", second)
+    write(here / "study" / "c", lambda number, dataset: setattr(dataset, "SeriesInstanceUID", "1.2.3.4.5.6"))
+    (here / "study" / "c" / "3.dcm").unlink()  # a slice is missing
+    code, out, err = predict("study")
+    assert code == 3
+    numbered = "study, series {} of 3 (6 slices, first {}/0.dcm): 0 nodules"
+    assert [line.partition(", out/")[0] for line in out] == [numbered.format(1, "a"), numbered.format(2, "b")]
+    assert err[-1].startswith("lungseg: 1 scans could not be used: study, series 3 of 3")
+    assert "(slices-missing)" in err[-1]
+    results = sorted(path for path in (here / "out").iterdir())
+    assert len(results) == 2
+    written = "".join([str(results), *out, *err, *(p.read_text() for p in here.glob("out/*/nodules.json"))])
+    assert not any(secret in written for secret in SECRETS)
+    code, out, _ = predict("study", "--series", "2")
+    assert code == 0
+    assert len(out) == 1
+    assert str(Path("out", id_of(OTHER))) in out[0]
+    assert predict("study", "--series", OTHER)[:2] == (0, out)
+
+
+def test_another_scan_of_the_same_name_is_refused_and_the_same_scan_replaced(
+    predict: Callable[..., Ended], here: Path
+) -> None:
+    write(here / "P1" / "CT")
+    write(here / "P2" / "CT", lambda number, dataset: dataset.ImagePositionPatient.__setitem__(0, 40.0))
+    assert predict("P1/CT")[0] == 0
+    (result,) = (here / "out").iterdir()
+    first = {path.name: path.read_bytes() for path in result.iterdir()}
+    code, out, err = predict("P2/CT")
+    assert (code, out) == (2, [])
+    assert err[0].startswith(f"lungseg: output-of-another-scan (folder=out/{id_of('CT')})")
+    assert {path.name: path.read_bytes() for path in result.iterdir()} == first
+    assert predict("P1/CT")[0] == 0
+    (here / "P1").rename(here / "moved")
+    assert predict("moved/CT")[0] == 0
+    assert len(json.loads(first["nodules.json"])["scan"]) == 16
