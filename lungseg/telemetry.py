@@ -198,14 +198,20 @@ def waiting(title: str, about_seconds: float, stream: TextIO | None = None) -> I
         with _expected(title, about_seconds, stream):
             yield
     else:
-        line = f"{title}, about {about_seconds:.0f} s"
-        timer = threading.Timer(2.0, print, (line,), {"file": stream, "flush": True})
-        timer.start()
-        try:
+        with _later(2.0, f"{title}, about {about_seconds:.0f} s", stream):
             yield
-        finally:
-            timer.cancel()
-            timer.join()
+
+
+@contextmanager
+def _later(seconds: float, line: str, stream: TextIO) -> Iterator[threading.Timer]:
+    """Write a line when the block has lasted so long; whoever cancels the timer keeps it from that."""
+    timer = threading.Timer(seconds, print, (line,), {"file": stream, "flush": True})
+    timer.start()
+    try:
+        yield timer
+    finally:
+        timer.cancel()
+        timer.join()
 
 
 @contextmanager
@@ -225,10 +231,11 @@ def progress(title: str) -> Iterator[Progress]:
             task = bar.add_task(title, total=None)
             yield lambda done, total: bar.update(task, completed=done, total=total)
     else:
-        yield _lines(title)
+        with _later(5.0, f"{title}: the first is under way", sys.stderr) as first:
+            yield _lines(title, first)
 
 
-def _lines(title: str) -> Progress:
+def _lines(title: str, first: threading.Timer) -> Progress:
     last = began = time.monotonic()
 
     def report(done: int, total: int) -> None:
@@ -236,6 +243,7 @@ def _lines(title: str) -> Progress:
         now = time.monotonic()
         if not done or (done < total and now - last < 5):
             return
+        first.cancel()
         last = now
         left = (now - began) / done * (total - done)
         spent = f"{title}: {done}/{total}, {duration(now - began)}, about {duration(left)} left"

@@ -132,6 +132,14 @@ def test_an_import_is_waited_for_where_its_own_notices_do_not_go() -> None:
     assert "I000" not in shown
 
 
+def test_what_is_counted_is_a_line_too_before_the_first_is_done() -> None:
+    code = "import time; from lungseg.telemetry import progress\nwith progress('scans') as report:\n"
+    code += " time.sleep({})"
+    waited = run(f"{code.format(5.5)}\n report(1, 2)\n report(2, 2)").stderr
+    assert re.fullmatch(r"scans: the first is under way\nscans: 1/2, .* left\nscans: 2/2, .*\n", waited)
+    assert re.fullmatch(r"scans: 2/2, .*\n", run(f"{code.format(0)}\n report(2, 2)").stderr)
+
+
 WORKER = """
 import os, sys, time
 from lungseg import telemetry

@@ -158,6 +158,7 @@ def _train(worker: _Worker, state: TrainState) -> None:
             last = max(state.last_epoch(config), state.epoch + 1)
             worker.stepper.plan(last * worker.steps_per_epoch)
             state = _epoch(worker, stream, feed, state)
+            _tell_of_validation(worker, state)
             with open_stream(split="val", training=False) as val:
                 distributed = map(worker.stepper.distribute, val)
                 sums = sum(map(worker.stepper.validate, distributed), ValSums())
@@ -219,6 +220,15 @@ def _left(worker: _Worker, state: TrainState, number: int, seconds_per_step: flo
     left = (epochs * worker.steps_per_epoch - number) * seconds_per_step
     allowed = math.inf if config.max_minutes is None else config.max_minutes * 60 - worker.seconds()
     return duration(max(0.0, min(left, allowed)))
+
+
+def _tell_of_validation(worker: _Worker, state: TrainState) -> None:
+    """As long as the last one; the first as if its patches were trained on."""
+    trained = worker.steps_per_epoch * worker.job.recipe.train.global_batch
+    first = state.train_seconds * len(worker.job.manifest.rows("val")) / trained
+    about = state.metrics.get("val_seconds", first)
+    if worker.recorder and about > 5:
+        log_wait("validating", about)
 
 
 def _asked_to_leave(worker: _Worker, synced: bool) -> bool:

@@ -47,7 +47,8 @@ def test_an_unknown_section_is_answered_with_the_nearest() -> None:
 @pytest.mark.parametrize(
     ("name", "values"),
     [
-        ("data.spacing_mm", "3 of: number > 0"),
+        ("optimizer.learning_rate", "number > 0"),
+        ("tune.learning_rate", "2 of: number > 0"),
         ("data.patch.shape_zyx", "3 of: integer 1 to 1024"),
         ("data.split.file", "path or null"),
         ("loss.reduction", "sample | batch"),
