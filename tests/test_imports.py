@@ -106,6 +106,7 @@ def test_only_storage_speaks_to_object_stores() -> None:
     assert users("boto3", "botocore", "pyarrow.fs", "s3fs", "fsspec") == {
         "lungseg.storage.s3",
         "lungseg.storage.s3_connections",
+        "lungseg.storage.s3_errors",
     }
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
-import ssl
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property, partial
@@ -14,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lungseg.errors import StorageError
 from lungseg.storage.base import Patience, Read, Store, StoredObject, missing, truncated, whole
 from lungseg.storage.s3_connections import Watched, read_pool, s3_client
+from lungseg.storage.s3_errors import code_of, may_pass, without_url
 
 if TYPE_CHECKING:
     import urllib3
@@ -99,11 +98,11 @@ class S3Store(Store):
                 return self._attempt(key, ranged, read, take)
             except Exception as error:
                 read.check()  # the failure is our own doing
-                wait = next(waits, None) if _may_pass(error) else None
+                wait = next(waits, None) if may_pass(error) else None
                 if wait is None:
                     raise self._failure(error, key, offset=start) from error
                 if read.attempts == 1:
-                    _log.warning("reading %s at %d again: %s", key, start, _without_url(error))
+                    _log.warning("reading %s at %d again: %s", key, start, without_url(error))
             self.pool.clear()  # what is pooled may lead to a server that is gone
             read.pause(wait)
 
@@ -137,7 +136,7 @@ class S3Store(Store):
             read.waits_on(None)
             del Watched.of_thread.read
         if refused:
-            code = _code_of(taken) or f"HTTP status {answer.status}"
+            code = code_of(taken) or f"HTTP status {answer.status}"
             about = {"HTTPStatusCode": answer.status}
             raise ClientError({"Error": {"Code": code}, "ResponseMetadata": about}, "GetObject")
         return taken
@@ -227,11 +226,11 @@ class S3Store(Store):
             except StorageError:
                 raise  # of a read, which was patient itself
             except Exception as error:
-                wait = next(waits, None) if self._met and _may_pass(error) else None
+                wait = next(waits, None) if self._met and may_pass(error) else None
                 if wait is None:
                     raise self._failure(error, key) from error
                 if first:
-                    _log.warning("asking the store again for %s: %s", key, _without_url(error))
+                    _log.warning("asking the store again for %s: %s", key, without_url(error))
             first = False
             time.sleep(wait)
 
@@ -267,46 +266,6 @@ class S3Store(Store):
             remedy = "check AWS_ENDPOINT_URL and that the server runs, then start the same command again"
             return StorageError(
                 "store-unreachable", store=self.uri, key=key, **where,
-                message=_without_url(error), remedy=remedy,
+                message=without_url(error), remedy=remedy,
             )  # fmt: skip
         raise error
-
-
-def _may_pass(error: Exception) -> bool:
-    """Whether the same request may succeed later: no answer or half of one, a server's own failure (5xx),
-    and the two 4xx that mean just that (408 request timeout, 429 too many requests)."""
-    from boto3.exceptions import S3UploadFailedError
-    from botocore.exceptions import ClientError, HTTPClientError
-    from urllib3.exceptions import HTTPError
-
-    if isinstance(error, S3UploadFailedError) and isinstance(error.__context__, Exception):
-        return _may_pass(error.__context__)
-    if isinstance(error, ClientError):
-        status = error.response["ResponseMetadata"]["HTTPStatusCode"]
-        return status >= 500 or status in (408, 429)
-    if any(isinstance(cause, ssl.SSLCertVerificationError) for cause in _causes(error)):
-        return False
-    return isinstance(error, HTTPError | HTTPClientError | OSError)
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The error, and those that it was made of or raised in handling."""
-    todo, seen = [error], list[BaseException]()
-    while todo:
-        one = todo.pop()
-        if one not in seen:
-            yield one
-            seen.append(one)
-            told = [one.__cause__, one.__context__, *one.args]
-            todo += [cause for cause in told if isinstance(cause, BaseException)]
-
-
-def _without_url(error: Exception) -> str:
-    """What went wrong, without the query of a presigned URL: whoever has it may read the object."""
-    return str(error).partition("?X-Amz-")[0]
-
-
-def _code_of(body: bytes) -> str:
-    """The code in S3's XML; empty where a proxy on the way answered in its own words."""
-    found = re.search(rb"<Code>(\w+)</Code>", body)
-    return found[1].decode() if found else ""

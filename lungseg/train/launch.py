@@ -15,9 +15,9 @@ from dataclasses import replace
 from typing import Any, NoReturn
 
 from lungseg.cluster import connect
-from lungseg.config import Recipe, TrainConfig
+from lungseg.config import Recipe
 from lungseg.dataset.manifest import Manifest, load_manifest
-from lungseg.errors import ConfigError, LungsegError, RunError, StorageError
+from lungseg.errors import LungsegError, RunError, StorageError
 from lungseg.exporter import Source, count_restart, pushing, start_exporter
 from lungseg.runs.best import Best
 from lungseg.runs.checkpoint import Checkpoints
@@ -28,6 +28,7 @@ from lungseg.storage.base import DISK_FULL
 from lungseg.telemetry import GROUP_METRICS, WORKER_METRICS, log, log_wait
 from lungseg.train.job import Job, Session
 from lungseg.train.notice import heed_sigterm, was_asked
+from lungseg.train.resources import worker_resources
 
 _LEFT = "worker-asked-to-leave"
 _held: list[socket.socket] = []
@@ -236,40 +237,6 @@ def _interruptible() -> Iterator[None]:
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, before)
-
-
-def worker_resources(config: TrainConfig, nodes: Sequence[dict[str, Any]]) -> dict[str, int]:
-    """What each worker is given: "CPU", the cores of the smallest node that takes workers, shared by those
-    that must share it, and "GPU" where the recipe asks for any. `nodes` are as Ray lists them.
-
-    Raises ConfigError("gpus-missing", "too-few-cpus") rather than let Ray wait for ever for what no node has.
-    """
-    there = [node["Resources"] for node in nodes if node["Alive"]]
-    gpus = [int(node.get("GPU", 0)) for node in there]
-    asked, workers = config.gpus_per_worker, config.workers
-    takes = [count // asked if asked else workers for count in gpus]  # workers, for all its GPUs
-    if asked and sum(takes) < workers:
-        raise ConfigError(
-            "gpus-missing",
-            workers=workers,
-            gpus_per_worker=asked,
-            cluster_gpus=sum(gpus),
-            most_on_a_node=max(gpus, default=0),
-            remedy="lower train.workers or train.gpus_per_worker, add nodes, or train on CPUs with 0",
-        )
-    able = [(int(node.get("CPU", 0)), most) for node, most in zip(there, takes, strict=True)]
-    able = [(cores, most) for cores, most in able if cores and most] or [(0, 0)]
-    per_node = -(-workers // len(able))
-    wanted = config.cpus_per_worker or min(cores for cores, _ in able) // per_node
-    if wanted < 1 or sum(min(cores // wanted, most) for cores, most in able) < workers:
-        raise ConfigError(
-            "too-few-cpus",
-            workers=workers,
-            cpus_per_worker=config.cpus_per_worker or 1,
-            cluster_cpus=sum(cores for cores, _ in able),
-            remedy="lower train.workers or train.cpus_per_worker, or add nodes",
-        )
-    return {"CPU": wanted} | ({"GPU": asked} if asked else {})
 
 
 def _worker(config: dict[str, Any]) -> None:

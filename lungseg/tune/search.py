@@ -14,7 +14,8 @@ from lungseg.runs.fit import on_data
 from lungseg.runs.run import open_run, refuse_taken
 from lungseg.storage import Store, keys
 from lungseg.telemetry import log
-from lungseg.train.launch import fit, worker_resources
+from lungseg.train.launch import fit
+from lungseg.train.resources import worker_resources
 from lungseg.tune.promote import Trial, promote, ranked
 
 

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from lungseg.errors import StorageError
 from lungseg.storage import open_store
-from lungseg.storage.s3 import _may_pass
+from lungseg.storage.s3_errors import may_pass
 
 
 def write_certificate(file: Path) -> None:
@@ -70,10 +70,10 @@ def test_reads_and_writes_end_at_once(unknown_server: None, tmp_path: Path) -> N
         with pytest.raises(StorageError, match="store-unreachable") as caught:
             act()
         assert caught.value.__cause__ is not None
-        assert not _may_pass(caught.value.__cause__)  # type: ignore[arg-type]
+        assert not may_pass(caught.value.__cause__)  # type: ignore[arg-type]
     assert time.monotonic() - began < 60
 
 
 @pytest.mark.parametrize("error", [ssl.SSLEOFError(8, "cut"), ConnectionResetError(), TimeoutError()])
 def test_a_connection_that_is_cut_may_hold_the_next_time(error: OSError) -> None:
-    assert _may_pass(error)
+    assert may_pass(error)
