@@ -62,7 +62,7 @@ def predict(
     from lungseg.segment.outputs.nifti import require_own, write
     from lungseg.segment.predict import segment
     from lungseg.storage import open_store
-    from lungseg.telemetry import progress, quiet_tensorflow
+    from lungseg.telemetry import log, progress, quiet_tensorflow
 
     require_inputs(inputs)
     opened = open_store(store)
@@ -82,6 +82,8 @@ def predict(
         for one, volume in chain([first], scans):
             with progress(one.case_id) as report:
                 found = segment(best.predict, volume, best.recipe, report)
+            for warning in found.warnings:
+                log("predict").warning("%s: %s", one.title, warning)
             folder = out / one.case_id
             write(found, folder, scan=scan_id(volume, key), run=run, checkpoint=best.checkpoint)
             print(f"{one.title}: {len(found.nodules)} nodules, {folder / 'mask.nii.gz'}")

@@ -82,6 +82,7 @@ class DataConfig(Frozen):
     spacing_mm: tuple[Spacing, Spacing, Spacing] = Field(
         (1.0, 1.0, 1.0), description="(z, y, x); scans are resampled to it, also by `lungseg predict`"
     )
+    allow_not_hu: bool = Field(False, description="take scans whose values are probably no HU, and say so")
     lidc: LidcConfig = LidcConfig()
     pairs: PairsConfig = PairsConfig()
     split: SplitConfig = SplitConfig()

@@ -53,10 +53,14 @@ def describe(manifest: Manifest) -> str:
 
 
 def doubts(manifest: Manifest) -> list[str]:
-    """What makes a split useless although it has scans."""
+    """What makes a split useless although it has scans, and which scans are probably not in HU."""
     use = {"train": "nothing can be learnt from it", "val": "it cannot choose the best epoch"}
     silent = {s for s, counts in manifest.counts.items() if counts["scans"] and not counts["nodules"]}
-    return [f"{split} holds no nodule: {why}" for split, why in use.items() if split in silent]
+    found = [f"{split} holds no nodule: {why}" for split, why in use.items() if split in silent]
+    other = [(case_id, facts.not_hu) for case_id, facts in manifest.scans.items() if facts.not_hu]
+    for case_id, why in other[:1]:
+        found.append(f"{len(other)} scans are probably not in HU, such as {case_id}: {why}")
+    return found
 
 
 def summarize(manifest: Manifest) -> dict[str, Any]:

@@ -50,21 +50,23 @@ class LabelledScan:
 
 @dataclass(frozen=True)
 class ScanFacts:
-    """What a data set says of a scan as it was read, before it was resampled."""
+    """What a data set says of a scan as it was read, before it was resampled; `not_hu` as in `Volume`."""
 
     spacing_mm: tuple[float, float, float]
     shape_zyx: tuple[int, int, int]
     nodules: tuple[Nodule, ...]
+    not_hu: str = ""
 
     @staticmethod
     def of(scan: LabelledScan) -> ScanFacts:
         geometry = scan.volume.geometry
-        return ScanFacts(geometry.spacing_mm, geometry.shape_zyx, scan.nodules)
+        return ScanFacts(geometry.spacing_mm, geometry.shape_zyx, scan.nodules, scan.volume.not_hu)
 
     @staticmethod
     def from_json(tree: dict[str, Any]) -> ScanFacts:
         nodules = (Nodule(**{**one, "centre_lps_mm": tuple(one["centre_lps_mm"])}) for one in tree["nodules"])
-        return ScanFacts(tuple(tree["spacing_mm"]), tuple(tree["shape_zyx"]), tuple(nodules))
+        grid = tuple(tree["spacing_mm"]), tuple(tree["shape_zyx"])
+        return ScanFacts(*grid, tuple(nodules), tree.get("not_hu", ""))
 
 
 class Case(Protocol):

@@ -21,6 +21,7 @@ from lungseg.dataset import patches, shards
 from lungseg.dataset.case import IGNORE, Case, LabelledScan, ScanFacts
 from lungseg.dataset.shards import FORMAT, Patch, Shard
 from lungseg.dataset.stored_scans import StoredVolume, VolumeEntry, copy_volume, write_volume
+from lungseg.errors import DataError
 from lungseg.scan.lungs import lung_mask
 from lungseg.scan.resample import resample, resample_mask
 from lungseg.scan.volume import AIR_HU, Volume, vector
@@ -55,13 +56,19 @@ class Prepared:
 
 
 def prepare_scan(store: Store, name: str, case: Case, split: str, config: DataConfig) -> Prepared:
-    """What one scan gives the data set `name`, or what was committed of it. Raises what loading it raises."""
+    """What one scan gives the data set `name`, or what was committed of it.
+
+    Raises what loading it raises, and DataError("not-hu").
+    """
     settings = config.model_dump(mode="json", exclude={"shard", "split"})
     stem = f"{case.case_id}-{digest([WORK_FORMAT, settings, case.stamp()])}"
 
     @cache
     def read() -> tuple[LabelledScan, StoredVolume, np.ndarray]:
         scan = case.load()
+        if scan.volume.not_hu and not config.allow_not_hu:
+            remedy = "give the scan in HU, or take such scans by data.allow_not_hu=true"
+            raise DataError("not-hu", scan=case.case_id, message=scan.volume.not_hu, remedy=remedy)
         return scan, *to_grid(scan, config.spacing_mm)
 
     def cut() -> Cut:

@@ -19,6 +19,7 @@ Fault -> behaviour (tests: tests/scan/test_dicom*.py):
   multi-frame (enhanced CT), colours                      "slice-not-2d"
   slope, intercept or position missing                    "rescale-missing", "geometry-missing"
   positions or pixels in metres or microns                "spacing-implausible"
+  RescaleType US or HU_MOD, values that are no HU         read; `Volume.not_hu` says why
 """
 
 from __future__ import annotations
@@ -34,13 +35,14 @@ from pydicom.pixels import get_decoder
 from pydicom.uid import EnhancedCTImageStorage, ImplicitVRLittleEndian
 
 from lungseg.errors import DataError, GeometryError
-from lungseg.scan.plausible import require_spacing
+from lungseg.scan.plausible import not_hu, require_spacing
 from lungseg.scan.series import BROKEN, broken, choose_series, find_series, read_dataset, shown
 from lungseg.scan.volume import AIR_HU, Geometry, Volume, vector
 
 THREADS = 4
 IN_PLANE_TOLERANCE_MM = 0.1
 LATTICE_TOLERANCE = 0.1  # of the slice distance; positions are often written with few decimals
+OTHER_UNITS = {"OD", "US", "MGML", "Z_EFF", "ED", "EDW", "HU_MOD", "PCT"}  # PS3.3, C.11.1.1.2
 GEOMETRY_TAGS = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")
 
 
@@ -52,6 +54,7 @@ class _Slice:
     orientation: np.ndarray  # [2, 3]: unit vectors along a row and along a column
     pixel_mm: np.ndarray  # (y, x)
     hu: np.ndarray  # int16 [y, x]
+    unit: str  # RescaleType
 
 
 def read_series(folder: Path, series_uid: str | None = None) -> Volume:
@@ -94,7 +97,8 @@ def _read_slice(path: Path, folder: Path) -> _Slice:
         if not np.isfinite([*position, *orientation.ravel(), *pixel_mm]).all() or pixel_mm.min() <= 0:
             raise ValueError("a position, orientation or spacing that is none")
         hu = _hu(dataset, name)
-        return _Slice(name, str(dataset.get("SOPInstanceUID")), position, orientation, pixel_mm, hu)
+        unit = str(dataset.get("RescaleType") or "")
+        return _Slice(name, str(dataset.get("SOPInstanceUID")), position, orientation, pixel_mm, hu, unit)
     except BROKEN as error:  # values that are no numbers, or too few
         raise broken(path, folder) from error
 
@@ -197,7 +201,17 @@ def _stack(slices: list[_Slice]) -> Volume:
         vector(slices[0].position),
         (vector(axes[0]), vector(axes[1]), vector(axes[2])),
     )
-    return Volume(np.stack([one.hu for one in slices]), geometry)
+    volume_hu = np.stack([one.hu for one in slices])
+    return Volume(volume_hu, geometry, _other_unit(slices) or not_hu(volume_hu))
+
+
+def _other_unit(slices: list[_Slice]) -> str:
+    """What RescaleType says, unless it is HU or nothing."""
+    units = {one.unit for one in slices} - {"", "HU"}
+    if not units:
+        return ""
+    named = ", ".join(sorted(units & OTHER_UNITS)) or "another unit"  # a value of its own may say anything
+    return f"the tag RescaleType (0028,1054) says {named}"
 
 
 def _without_copies(slices: list[_Slice]) -> list[_Slice]:

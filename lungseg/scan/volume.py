@@ -20,7 +20,7 @@ import SimpleITK as sitk  # noqa: N813
 
 from lungseg.errors import DataError, GeometryError
 from lungseg.scan import itk_files, nifti
-from lungseg.scan.plausible import at_right_angles, require_spacing
+from lungseg.scan.plausible import at_right_angles, not_hu, require_spacing
 
 AIR_HU = -1024
 SUFFIXES = (*nifti.SUFFIXES, *itk_files.READERS)
@@ -72,10 +72,12 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Volume:
-    """`volume_hu` is int16 [z, y, x] on the grid of `geometry`."""
+    """`volume_hu` is int16 [z, y, x] on the grid of `geometry`. `not_hu` says why its values are probably no
+    HU, for whoever read them from a file; it is "" where they may be."""
 
     volume_hu: np.ndarray
     geometry: Geometry
+    not_hu: str = ""
 
 
 def bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
@@ -99,7 +101,7 @@ def read_image(path: Path) -> Volume:
     limits = np.iinfo(np.int16)
     if array.dtype != np.int16:
         array = np.clip(np.rint(array), limits.min, limits.max).astype(np.int16)
-    return Volume(array, geometry)
+    return Volume(array, geometry, not_hu(array))
 
 
 def read_geometry(path: Path) -> Geometry:

@@ -25,6 +25,7 @@ class Segmentation:
     nodules: tuple[NoduleMeasurement, ...]
     threshold: float
     lungs_found: bool
+    warnings: tuple[str, ...] = ()
 
 
 def segment(
@@ -33,7 +34,8 @@ def segment(
     """Nodules of `volume`, found at the spacing that the network was trained at (`recipe.data.spacing_mm`).
 
     The probability is resampled linearly back onto the scan's grid and thresholded there, so that the
-    mask has no stairs of the working grid. Where no lungs are found, the whole scan is searched.
+    mask has no stairs of the working grid. Where no lungs are found, the whole scan is searched; that, and
+    values that are no HU, are warned of.
     """
     config = recipe.segment
     working = resample(volume, recipe.data.spacing_mm)
@@ -51,4 +53,7 @@ def segment(
     own_lungs = resample_onto(lungs, working.geometry, volume.geometry) if lungs_found else None
     labels = components(probability, config, volume.geometry.spacing_mm, own_lungs)
     nodules = tuple(measure(labels, volume, probability))
-    return Segmentation(labels, volume.geometry, nodules, config.threshold, lungs_found)
+    warnings = [f"the values are probably no HU: {volume.not_hu}"] if volume.not_hu else []
+    if not lungs_found:
+        warnings.append("no lungs were found, so the whole scan was searched: is it a chest CT?")
+    return Segmentation(labels, volume.geometry, nodules, config.threshold, lungs_found, tuple(warnings))

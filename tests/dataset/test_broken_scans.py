@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import SimpleITK as sitk  # noqa: N813
 from helpers.painted import CONFIG, quiet, write_pairs
 
 from lungseg import cli
+from lungseg.dataset.card import describe
 from lungseg.dataset.case import Exclusion
 from lungseg.dataset.manifest import load_manifest
 from lungseg.dataset.prepare import prepare
@@ -89,3 +91,25 @@ def test_the_exit_code_and_the_last_line_say_that_scans_were_left_out(
         assert said.err.splitlines()[-1].startswith("lungseg: ")
         assert (f"{cases[0].case_id} (image-unreadable)" in said.err.splitlines()[-1]) == (code == 3)
     assert len(load_manifest(open_store(str(store)), "d").excluded) == 1
+
+
+def test_scans_that_are_no_hu_are_all_named_and_taken_by_a_setting_only(
+    ray_cluster: object, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cases = write_pairs(tmp_path / "pairs", 8)
+    shifted = {case.case_id for case in cases[:2]}
+    for case in cases[:2]:
+        sitk.WriteImage(sitk.ReadImage(str(case.image)) + 1024, str(case.image))
+    store = open_store(tmp_path / "store")
+    with pytest.raises(DataError, match=r"scans-broken: 2 not-hu \(scans=2 of 8\)"):
+        prepare(store, "d", cases, CONFIG, quiet)
+    said = [line for line in caplog.messages if "not-hu" in line and "data.allow_not_hu=true" in line]
+    assert {case.case_id for case in cases if any(case.case_id in line for line in said)} == shifted
+
+    taken = prepare(store, "d", cases, CONFIG.model_copy(update={"allow_not_hu": True}), quiet)
+    assert {case_id for case_id, facts in taken.scans.items() if facts.not_hu} == shifted
+    assert load_manifest(store, "d") == taken
+    (doubt,) = json.loads(store.get("data/d/card.json"))["doubts"]
+    assert doubt.startswith(f"2 scans are probably not in HU, such as {min(shifted)}: hardly a voxel")
+    assert doubt in store.get("data/d/card.html").decode()
+    assert f"warning: {doubt}" in describe(taken)

@@ -119,6 +119,23 @@ def test_real_scans_are_segmented_onto_their_own_grid(
         compare(one, tmp_path)
 
 
+def test_a_scan_that_is_not_in_hu_is_warned_of_on_the_terminal_and_in_the_result(
+    lungseg: Verb,
+    chain: tuple[Path, str],
+    segmented: tuple[Path, Path],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    image = sitk.ReadImage([str(path) for path in sorted(segmented[0].glob("*.dcm"))])
+    sitk.WriteImage(sitk.Cast(image, sitk.sitkInt16) + 1024, str(tmp_path / "shifted.mha"))
+    lungseg("predict", tmp_path / "shifted.mha", "--store", chain[1], "--run", "first", "--out", tmp_path)
+    warned = [line for line in capfd.readouterr().err.splitlines() if "WARNING" in line]
+    assert any("shifted.mha: the values are probably no HU" in line for line in warned)
+    assert any("shifted.mha: no lungs were found" in line for line in warned)
+    (result,) = tmp_path.glob("*/nodules.json")
+    assert len(json.loads(result.read_text())["warnings"]) == 2
+
+
 def compare(series: Path, out: Path) -> None:
     """The geometry of a mask is that which ITK's own DICOM reader gives the scan."""
     reader = sitk.ImageSeriesReader()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,7 @@ def test_a_ball_comes_back_at_its_patient_coordinate_and_size() -> None:
     found = segment(dense, volume, RECIPE, lambda done, of: calls.append((done, of)))
 
     assert found.lungs_found
+    assert found.warnings == ()
     assert found.geometry == volume.geometry
     assert found.labels.shape == volume.volume_hu.shape
     (ball,) = found.nodules  # the one in the chest wall lies outside the lungs
@@ -74,6 +76,7 @@ def test_a_ball_comes_back_at_its_patient_coordinate_and_size() -> None:
 def test_a_scan_without_lungs_is_searched_everywhere_and_says_so() -> None:
     found = segment(dense, chest(geometry(), lungs=False), RECIPE)
     assert not found.lungs_found
+    assert found.warnings == ("no lungs were found, so the whole scan was searched: is it a chest CT?",)
     centres = sorted(nodule.centre_lps_mm for nodule in found.nodules)
     assert centres == [pytest.approx(tuple(place), abs=0.4) for place in (WALL_MM, BALL_MM)]
 
@@ -113,6 +116,13 @@ def test_results_hold_the_mask_on_the_scans_grid_and_the_nodules(tmp_path: Path)
     assert said["lungs_found"] is True
     assert [nodule["label"] for nodule in said["nodules"]] == [1]
     assert said["nodules"][0]["centre_lps_mm"] == pytest.approx(BALL_MM.tolist(), abs=0.3)
+
+
+def test_values_that_are_no_hu_are_warned_of_in_the_result(tmp_path: Path) -> None:
+    volume = replace(chest(geometry()), not_hu="the lowest is 24")
+    write(segment(dense, volume, RECIPE), tmp_path / "case", scan="s", run="r", checkpoint="1")
+    said = json.loads((tmp_path / "case/nodules.json").read_text())
+    assert said["warnings"] == ["the values are probably no HU: the lowest is 24"]
 
 
 def tiny(value: int) -> Segmentation:

@@ -71,5 +71,6 @@ def _describe(segmentation: Segmentation, scan: str, run: str, checkpoint: str) 
         "threshold": segmentation.threshold,
         "spacing_mm_zyx": list(segmentation.geometry.spacing_mm),
         "lungs_found": segmentation.lungs_found,
+        "warnings": list(segmentation.warnings),
         "nodules": [nodule.to_json() for nodule in segmentation.nodules],
     }
