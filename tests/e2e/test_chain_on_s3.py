@@ -124,12 +124,12 @@ def test_a_scan_that_is_not_in_hu_is_warned_of_on_the_terminal_and_in_the_result
     chain: tuple[Path, str],
     segmented: tuple[Path, Path],
     tmp_path: Path,
-    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     image = sitk.ReadImage([str(path) for path in sorted(segmented[0].glob("*.dcm"))])
     sitk.WriteImage(sitk.Cast(image, sitk.sitkInt16) + 1024, str(tmp_path / "shifted.mha"))
     lungseg("predict", tmp_path / "shifted.mha", "--store", chain[1], "--run", "first", "--out", tmp_path)
-    warned = [line for line in capfd.readouterr().err.splitlines() if "WARNING" in line]
+    warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert any("shifted.mha: the values are probably no HU" in line for line in warned)
     assert any("shifted.mha: no lungs were found" in line for line in warned)
     (result,) = tmp_path.glob("*/nodules.json")
