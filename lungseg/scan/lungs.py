@@ -87,11 +87,12 @@ def _largest(blocks_hu: np.ndarray, grid: Geometry) -> list[np.ndarray]:
 
 
 def _in_body(air: np.ndarray, grid: Geometry) -> np.ndarray:
-    """`air` without that around the body, which is found in each axial slice by itself.
+    """`air` without the air around the body.
 
-    (In 3D the windpipe may join the lungs to the air outside, above a blank slice or in the mouth.)
-    Outside air has a long contact with the sides of the slice, a lung that a narrow field of view
-    cuts has a short one: a corner's is at least 2.8 times the root of its area, half an ellipse's 1.9.
+    Each axial slice is looked at by itself: in 3D the windpipe may join the lungs to the air outside, above a
+    blank slice or in the mouth. Air outside touches the slice's sides over a long way. A lung touches them
+    too, where a narrow field of view cuts it, but over a short way. Contact is measured in roots of the area:
+    air in a corner has at least 2.8 of them, half an ellipse has 1.9, and CONTACT_RATIO lies between.
     """
     head_axis = 2 - int(np.argmax(np.abs(grid.direction_lps[2])))
     in_plane = np.take(ndimage.generate_binary_structure(3, 1), [1], head_axis)

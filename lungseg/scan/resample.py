@@ -1,8 +1,7 @@
 """Scans and masks on other grids.
 
-`resample` knows that old and new axes are parallel: it interpolates along one axis after the other, plane by
-plane, so that what it works on stays in the CPU's cache. That takes far less time than SimpleITK, which
-`resample_onto` uses for any two grids.
+`resample_onto` takes any two grids and leaves the work to SimpleITK. `resample` keeps the axes parallel, so
+that it can interpolate along one axis after the other, plane by plane in the CPU's cache. That is far faster.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from lungseg.scan.volume import Geometry, Vector, Volume, bounding_box, require_
 
 
 class Taps(NamedTuple):
-    """Of each new index along an axis the two old ones between which it lies, and the share of the second."""
+    """For each new index along an axis: the two old indices around it, and the weight of the second."""
 
     below: np.ndarray
     above: np.ndarray
@@ -27,7 +26,7 @@ class Taps(NamedTuple):
 
 
 def taps(at: np.ndarray, length: int) -> Taps:
-    """Of fractional indices `at`; beyond the ends of an axis of `length` its outermost values extend."""
+    """The taps of fractional indices `at`. Outside an axis of `length` its first or last value is taken."""
     at = np.clip(at, 0, length - 1)
     below = np.floor(at).astype(np.intp)
     return Taps(below, np.minimum(below + 1, length - 1), (at - below).astype(np.float32))
@@ -60,11 +59,11 @@ def _between(first: np.ndarray, second: np.ndarray, share: np.ndarray) -> np.nda
 def resample(volume: Volume, spacing_mm: Vector) -> Volume:
     """The scan on LPS axes with `spacing_mm` (z, y, x), by linear interpolation.
 
-    Axes are first flipped and permuted to run to the left, back and head; a tilted grid keeps its tilt
-    and takes its nearest axes. The new grid has round(extent / spacing) voxels an axis and the same
-    middle as the old one, so every new voxel centre lies within the old extent and nothing is invented.
-    No low-pass filter is applied: up to a factor of 2 linear interpolation already mixes the neighbours
-    (nnU-Net and MONAI resample the same way), and LIDC's finest pixel, 0.46 mm, to 1 mm is 2.2.
+    Axes are first flipped and permuted to run to the left, back and head. A turned grid stays turned: each of
+    its axes takes the direction that is nearest. The new grid has round(extent / spacing) voxels an axis and
+    the middle of the old one, so every new voxel centre lies within the old extent and nothing is invented.
+    There is no low-pass filter, as in nnU-Net and MONAI: up to a factor of 2 linear interpolation mixes all
+    neighbours, and the largest factor in LIDC, from pixels of 0.46 mm to 1 mm, is 2.2.
     Raises GeometryError("shape-mismatch") if the scan is not on its own grid.
     """
     require_on(volume.volume_hu, volume.geometry)
@@ -91,11 +90,11 @@ def resample(volume: Volume, spacing_mm: Vector) -> Volume:
 
 
 def _along_lps(volume: Volume) -> Volume:
-    """A view of the scan whose axes run, as nearly as its grid has them, to the left, back and head."""
+    """A view of the scan whose axes run to the left, back and head, or as near to that as they come."""
     geometry = volume.geometry
     direction = np.asarray(geometry.direction_lps)
     code = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(direction.ravel().tolist())
-    # A letter for each index axis x, y, z: where it runs to.
+    # One letter for each of the index axes x, y, z says where it runs to.
     xyz = [next(at for at, letter in enumerate(code) if letter in pair) for pair in ("LR", "PA", "SI")]
     signs = np.array([-1 if code[at] in "RAI" else 1 for at in xyz])
     zyx = [2 - at for at in reversed(xyz)]
@@ -132,8 +131,8 @@ def resample_onto(array: np.ndarray, source: Geometry, target: Geometry) -> np.n
 
 
 def resample_mask(mask: np.ndarray, source: Geometry, target: Geometry) -> np.ndarray:
-    """bool [z, y, x] on `target`: where linear interpolation of `mask` (bool or 0 and 1) reaches 0.5, which
-    keeps the volume of what is masked. Only the surroundings of the mask are computed."""
+    """`mask` (bool, or 0 and 1) on `target`, as bool [z, y, x]: true where its linear interpolation reaches
+    0.5, which keeps its volume. Only the surroundings of the mask are computed."""
     result = np.zeros(target.shape_zyx, bool)
     tight = bounding_box(mask)
     if not tight:

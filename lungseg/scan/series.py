@@ -85,8 +85,10 @@ def find_series(folder: Path) -> dict[str, list[Path]]:
 
 
 def choose_series(series: dict[str, list[Path]], folder: Path, series_uid: str | None) -> list[Path]:
-    """The files of `series_uid`, or of the only one. Raises DataError("series-none", "series-missing",
-    "series-ambiguous")."""
+    """The files of `series_uid`, or of the only series there is.
+
+    Raises DataError: "series-none", "series-missing", "series-ambiguous".
+    """
     if not series:
         remedy = "give a folder with CT slices in DICOM format"
         raise DataError("series-none", folder=shown(folder), remedy=remedy)
@@ -134,8 +136,8 @@ def shown(path: Path) -> str:
 
 
 def _files(folder: Path) -> list[Path]:
-    """All files in `folder` and below, links followed, each folder once; hidden ones are left out. A link
-    whose target is gone is a file too."""
+    """All files in `folder` and below that are not hidden. Links are followed, into each folder once, and a
+    link whose target is gone counts as a file."""
     found, seen = [], set()
     for parent, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(parent)
@@ -183,8 +185,8 @@ def _has_position(header: FileDataset) -> bool:
 
 
 def _that_can_be_volumes(series: dict[str, list[Path]], positioned: set[str]) -> dict[str, list[Path]]:
-    """`series` without those of which no slice says where it lies, unless all are so: a scanner's protocol or
-    dose page beside the scan."""
+    """`series` without pages of a protocol or a dose: those of which no image says where it lies. Where all
+    are like that, they stay, and the reading of slices names what is missing."""
     flat = series.keys() - positioned
     if not positioned or not flat:
         return series
