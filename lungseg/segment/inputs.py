@@ -14,7 +14,7 @@ from pathlib import Path
 from lungseg.errors import DataError, GeometryError, LungsegError
 from lungseg.scan.dicom import read_slices
 from lungseg.scan.identity import case_id
-from lungseg.scan.series import choose_series, find_series, shown
+from lungseg.scan.series import find_series, shown
 from lungseg.scan.volume import Volume, read_image, split_name
 
 Refuse = Callable[[str, LungsegError], None]
@@ -31,7 +31,7 @@ class Input:
     slices: tuple[Path, ...] = ()
 
     def read(self) -> Volume:
-        """Raises as `dicom.read_series` or `volume.read_image`."""
+        """Raises as `read_slices` or `read_image`."""
         return read_slices(self.slices, self.path) if self.slices else read_image(self.path)
 
 
@@ -60,7 +60,7 @@ def find_inputs(path: Path, key: bytes, series: str | None = None) -> list[Input
     """The scans at `path`: all CT series of a folder, in the order of their first files' names, or only that
     which `series` names by its number in this order, from 1, or by its UID. Voxels are not read.
 
-    Raises DataError("series-none", "series-missing") and as `dicom.find_series`.
+    Raises DataError("series-none", "series-missing") and as `find_series`.
     """
     if not path.is_dir():
         if series is not None:
@@ -68,7 +68,7 @@ def find_inputs(path: Path, key: bytes, series: str | None = None) -> list[Input
         return [Input(case_id(case_name(path), key), str(path), path)]
     found = find_series(path)
     if not found:
-        choose_series(found, path, None)  # which raises
+        raise DataError("series-none", folder=path, remedy="give a folder with CT slices in DICOM format")
     inputs, listing = [], []
     for number, (uid, files) in enumerate(found.items(), 1):
         name, title = case_name(path), str(path)
