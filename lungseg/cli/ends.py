@@ -30,10 +30,10 @@ class Refused:
 
     def end(self, some_done: bool) -> None:
         """Ends the command if there were any: with 3, or with 2 if they were all."""
+        if self._codes and some_done:
+            end(f"left out, since they could not be used: {', '.join(self._codes)}", INCOMPLETE)
         if self._codes:
-            which = f"{len(self._codes)} scans" if some_done else "all scans"
-            listing = ", ".join(self._codes)
-            end(f"{which} could not be used: {listing}", INCOMPLETE if some_done else 2)
+            end(f"nothing could be used: {', '.join(self._codes)}", 2)
 
 
 def unexpected(error: Exception) -> str:

@@ -57,7 +57,7 @@ def test_a_broken_scan_is_named_and_the_others_go_on(predict: Callable[..., Ende
     assert code == 3
     assert [line.partition(":")[0] for line in out] == ["a.nii.gz", "c.nii.gz"]
     assert err[0].startswith("lungseg: b.nii.gz: image-unreadable")
-    assert err[1:] == ["lungseg: 1 scans could not be used: b.nii.gz (image-unreadable)"]
+    assert err[1:] == ["lungseg: left out, since they could not be used: b.nii.gz (image-unreadable)"]
     assert sorted(path.name for path in (here / "out").iterdir()) == sorted(map(id_of, "ac"))
 
 
@@ -69,7 +69,7 @@ def test_where_no_scan_can_be_used_the_code_is_2_and_no_network_is_loaded(
     monkeypatch.setattr("lungseg.telemetry.quiet_tensorflow", lambda: pytest.fail("TensorFlow is imported"))
     code, out, err = predict("a.nrrd", "b.nii")
     assert (code, out, len(err)) == (2, [], 3)
-    assert err[-1].startswith("lungseg: all scans could not be used: a.nrrd (")
+    assert err[-1].startswith("lungseg: nothing could be used: a.nrrd (")
     code, out, err = predict("b.nii")
     assert (code, out, len(err)) == (2, [], 1)
 
@@ -89,7 +89,7 @@ def test_all_series_of_a_folder_are_segmented_each_by_itself(
     assert code == 3
     numbered = "study, series {} of 3 (6 slices, first {}/0.dcm): 0 nodules"
     assert [line.partition(", out/")[0] for line in out] == [numbered.format(1, "a"), numbered.format(2, "b")]
-    assert err[-1].startswith("lungseg: 1 scans could not be used: study, series 3 of 3")
+    assert err[-1].startswith("lungseg: left out, since they could not be used: study, series 3 of 3")
     assert "(slices-missing)" in err[-1]
     results = sorted(path for path in (here / "out").iterdir())
     assert len(results) == 2
