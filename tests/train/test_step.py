@@ -50,6 +50,12 @@ def train(one: Stepper, steps: range) -> list[tuple[float, float]]:
     return [tuple(float(part) for part in one.train(one.distribute(batch(step)))) for step in steps]  # type: ignore[misc]
 
 
+@pytest.fixture(scope="module")
+def plain() -> list[tuple[float, float]]:
+    """Loss and gradient norm of four steps that nothing was asked of."""
+    return train(stepper("train.xla=never"), range(4))
+
+
 @pytest.mark.parametrize(
     ("capability", "precision"),
     [((6, 1), "float32"), ((7, 0), "mixed_float16"), ((7, 5), "mixed_float16"), ((8, 0), "mixed_bfloat16")],
@@ -77,11 +83,12 @@ def test_the_average_follows_its_formula_and_is_what_is_published() -> None:
     "settings", [(), ("optimizer.ema=0.9",), ("model.deep_supervision=1",), ("model.members=2",)]
 )
 def test_a_restored_stepper_goes_on_bit_for_bit(settings: tuple[str, ...]) -> None:
-    undisturbed, killed, resumed = (stepper(*settings) for _ in range(3))
-    train(undisturbed, range(4))
-    train(killed, range(2))
+    undisturbed, resumed = stepper(*settings), stepper(*settings)
+    train(undisturbed, range(2))
+    saved = undisturbed.weights(), undisturbed.training_state()
+    train(undisturbed, range(2, 4))
     train(resumed, range(5, 6))
-    resumed.restore(killed.weights(), killed.training_state(), "name")
+    resumed.restore(*saved, "name")
     train(resumed, range(2, 4))
     for part in ("weights", "training_state"):
         expected, found = getattr(undisturbed, part)(), getattr(resumed, part)()
@@ -120,17 +127,16 @@ def test_a_checkpoint_without_an_average_is_refused_where_one_is_asked_for() -> 
         averaging.restore(plain.weights(), plain.training_state(), "name")
 
 
-def test_a_compiled_step_trains_the_same_network() -> None:
+def test_a_compiled_step_trains_the_same_network(plain: list[tuple[float, float]]) -> None:
     """XLA is for GPUs; here it compiles the same graph for the CPU."""
-    plain, compiled = (stepper(f"train.xla={xla}") for xla in ("never", "always"))
-    np.testing.assert_allclose(train(compiled, range(3)), train(plain, range(3)), rtol=1e-3)
+    np.testing.assert_allclose(train(stepper("train.xla=always"), range(3)), plain[:3], rtol=1e-3)
 
 
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
-def test_half_precision_trains_as_float32_does(policy: str) -> None:
-    reference, half = train(stepper(), range(4)), train(stepper(policy=policy), range(4))
-    np.testing.assert_allclose([loss for loss, _ in half], [loss for loss, _ in reference], rtol=0.02)
-    np.testing.assert_allclose([norm for _, norm in half], [norm for _, norm in reference], rtol=0.1)
+def test_half_precision_trains_as_float32_does(policy: str, plain: list[tuple[float, float]]) -> None:
+    half = train(stepper(policy=policy), range(4))
+    np.testing.assert_allclose([loss for loss, _ in half], [loss for loss, _ in plain], rtol=0.02)
+    np.testing.assert_allclose([norm for _, norm in half], [norm for _, norm in plain], rtol=0.1)
 
 
 def test_a_step_of_infinite_gradients_is_left_out_and_the_scale_of_the_loss_halved() -> None:
