@@ -44,23 +44,27 @@ mask[1], mask[2, :6] = 0, 255  # so that no two replicas see alike
 """
 LOSS = """
 logits = random.normal(0, 2, (*mask.shape, 1)).astype(np.float32)
-share = 4 // devices
-for name, reduction in LOSSES:
-    loss = Loss(LossConfig(name=name, reduction=reduction))
-    total = over_replicas if devices > 1 else tf.identity
+losses = [Loss(LossConfig(name=name, reduction=reduction)) for name, reduction in LOSSES]
 
-    def replica():
-        first = tf.distribute.get_replica_context().replica_id_in_sync_group * share
-        mine, labels = (tf.constant(a)[first : first + share] for a in (logits, mask[..., None]))
+def each_loss(mine, labels, total):
+    for loss in losses:
         with tf.GradientTape() as tape:
             tape.watch(mine)
             value = tf.reduce_sum(loss.value(loss.measure(mine, labels), total)) / 4
-        return value, tape.gradient(value, mine)
+        yield value, tape.gradient(value, mine)
 
-    parts = tf.function(lambda: strategy.run(replica))()
-    values, gradients = (strategy.experimental_local_results(part) for part in parts)
-    found[f"{name} {reduction}/loss"] = sum(map(float, values))
-    found[f"{name} {reduction}/gradient"] = np.concatenate([part.numpy() for part in gradients])
+def replica():
+    share = 4 // devices
+    first = tf.distribute.get_replica_context().replica_id_in_sync_group * share
+    mine, labels = (tf.constant(a)[first : first + share] for a in (logits, mask[..., None]))
+    return list(each_loss(mine, labels, over_replicas))
+
+expected = each_loss(tf.constant(logits), tf.constant(mask[..., None]), tf.identity)
+parts = tf.function(lambda: strategy.run(replica))()
+for name, alone, (values, gradients) in zip(LOSSES, expected, parts, strict=True):
+    values, gradients = map(strategy.experimental_local_results, (values, gradients))
+    found["/".join((*name, "loss"))] = [alone[0], sum(map(float, values))]
+    found["/".join((*name, "gradient"))] = [alone[1], np.concatenate([part.numpy() for part in gradients])]
 np.savez(out, **found)
 """
 STEP = """
@@ -82,14 +86,15 @@ def run(script: str, devices: int, folder: Path) -> dict[str, np.ndarray]:
     return dict(np.load(out))
 
 
-def test_no_loss_nor_its_gradient_depends_on_the_number_of_replicas(tmp_path: Path) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [2, 4])
+def test_no_loss_nor_its_gradient_depends_on_the_number_of_replicas(devices: int, tmp_path: Path) -> None:
     """Of every name and reduction, by the gradient at each voxel."""
-    one, two, four = (run(LOSS, devices, tmp_path) for devices in (1, 2, 4))
-    assert len(one) == 2 * len(LOSSES) == 28
-    for name, expected in one.items():
-        assert np.abs(expected).max() > 1e-4
-        for found in (two, four):
-            np.testing.assert_allclose(found[name], expected, rtol=1e-5, atol=1e-8, err_msg=name)
+    found = run(LOSS, devices, tmp_path)
+    assert len(found) == 2 * len(LOSSES) == 28
+    for name, (alone, together) in found.items():
+        assert np.abs(alone).max() > 1e-4
+        np.testing.assert_allclose(together, alone, rtol=1e-5, atol=1e-8, err_msg=name)
 
 
 @pytest.mark.slow
