@@ -103,8 +103,8 @@ def _wait_for_answer(address: str) -> None:
 
 def _start_local(ray: Any) -> None:
     """A busy machine may need longer than the 30 s that Ray grants its node to start: then try again."""
-    # Ray would keep a token of its own making in the home folder, which need not be there, nor be writable.
-    if "RAY_AUTH_TOKEN_PATH" not in os.environ:
+    # Where Ray has no token it would write one to the home folder, which need not be there, nor be writable.
+    if not os.path.isfile(os.environ.get("RAY_AUTH_TOKEN_PATH") or os.path.expanduser("~/.ray/auth_token")):
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     for attempt in (1, 2, 3):
         try:

@@ -43,10 +43,7 @@ def require_gpus(config: TrainConfig, visible: int) -> None:
     if asked == visible:
         return
     if visible < asked:
-        code, remedy = (
-            "gpus-missing",
-            "see that nvidia-smi lists them, install lungseg[gpu], or ask for fewer",
-        )
+        code, remedy = "gpus-missing", "check nvidia-smi, install lungseg[gpu], or ask for fewer"
     else:
         code, remedy = "devices-differ", "hide some by CUDA_VISIBLE_DEVICES, or raise train.gpus_per_worker"
     raise ConfigError(code, gpus_per_worker=asked, visible_to_tensorflow=visible, remedy=remedy)
