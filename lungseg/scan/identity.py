@@ -51,7 +51,7 @@ def case_key() -> bytes:
     """The key of this user. Raises ConfigError: "case-key-short", "case-key-missing", "case-key-unusable"."""
     given = os.environ.get(VARIABLE)
     if given:
-        return _checked(given.encode(), f"the environment variable {VARIABLE}")
+        return _checked(os.fsencode(given), f"the environment variable {VARIABLE}")
     if "KUBERNETES_SERVICE_HOST" in os.environ:
         remedy = (
             f"set {VARIABLE} from a Secret: a pod's files are lost with it, and with its key all case ids"

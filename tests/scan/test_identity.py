@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 import subprocess
 import sys
@@ -38,6 +39,8 @@ def test_another_key_gives_other_ids_and_an_accent_the_same_however_it_is_writte
 def test_the_key_comes_from_the_environment_and_must_be_long(no_key, monkeypatch):
     monkeypatch.setenv("LUNGSEG_CASE_KEY", "0123456789abcdef")
     assert case_key() == b"0123456789abcdef"
+    monkeypatch.setenv("LUNGSEG_CASE_KEY", os.fsdecode(b"\xfc" * 16))  # random bytes are no UTF-8
+    assert case_key() == b"\xfc" * 16
     monkeypatch.setenv("LUNGSEG_CASE_KEY", "0123456789abcde")
     with pytest.raises(ConfigError, match=r"case-key-short.*LUNGSEG_CASE_KEY.*Remedy"):
         case_key()
