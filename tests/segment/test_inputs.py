@@ -17,6 +17,7 @@ from lungseg.errors import DataError, LungsegError
 from lungseg.scan.dicom import read_series
 from lungseg.scan.identity import case_id, case_key, scan_id
 from lungseg.segment.inputs import Input, case_name, find_inputs, read_inputs, require_inputs
+from lungseg.segment.outputs.nifti import require_own
 from lungseg.sources.pairs import find_cases
 
 KEY = b"k" * 16
@@ -135,10 +136,17 @@ def test_a_scan_is_known_by_its_voxels_and_its_place_alone(tmp_path: Path) -> No
     assert len({known, scan_id(volume, b"l" * 16), *(scan_id(one, KEY) for one in others)}) == 4
 
 
-def test_a_name_that_is_no_text_has_an_id_and_is_read(tmp_path: Path) -> None:
-    image = save(tmp_path / "plain.nii.gz", np.zeros((3, 4, 5), np.int16))
-    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/M\xfcller.nii.gz"))
-    image.rename(path)
-    (one,) = find_inputs(path, KEY)
+def test_a_name_that_is_no_text_has_an_id_and_is_read_or_refused(tmp_path: Path) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/M\xfcller"))
+    nifti, nrrd = (
+        save(tmp_path / f"plain{suffix}", np.zeros((3, 4, 5), np.int16)) for suffix in (".nii", ".nrrd")
+    )
+    folder.mkdir()
+    (one,) = find_inputs(nifti.rename(folder.with_suffix(".nii")), KEY)
     assert one.case_id != case_id("M\u00fcller", KEY)
     assert one.read().volume_hu.shape == (3, 4, 5)
+    (other,) = find_inputs(nrrd.rename(folder / "plain.nrrd"), KEY)
+    with pytest.raises(DataError, match="path-not-text"):  # SimpleITK would end the process
+        other.read()
+    with pytest.raises(DataError, match="path-not-text"):
+        require_own(folder / other.case_id, "s")

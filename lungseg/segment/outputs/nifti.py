@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lungseg import __version__
 from lungseg.errors import DataError
+from lungseg.scan.itk_files import itk_name
 from lungseg.scan.volume import write_mask
 from lungseg.segment.predict import Segmentation
 
@@ -19,7 +20,8 @@ DISCLAIMER = "research use only: not a medical device, not for diagnosis"
 def require_own(folder: Path, scan: str) -> None:
     """Raises DataError("output-foreign") if `folder` is there and holds no results, and
     DataError("output-of-another-scan") if they are not those of `scan`: names of folders come again from
-    patient to patient."""
+    patient to patient. Raises DataError("path-not-text") as SimpleITK would at the end."""
+    itk_name(folder)
     if not folder.exists():
         return
     try:
