@@ -5,8 +5,8 @@ function of the patient alone: a seeded hash, a number from 0 to 1, falls below 
 are added later move nobody; shares hold on average. Where a split that was asked for would have no patient at
 all, as happens with a handful, a patient of a split that has more stands in, a training one if there is.
 
-Over all folds each patient is tested once, whatever their number: where the hash leaves a fold empty, the
-patients are dealt out in the order of their numbers instead, and nobody stands in for or leaves a tested one.
+Over all folds each patient is tested once. Where the hash leaves a fold empty, patients are dealt out to
+folds in the order of their hashes instead. Only patients who are not tested stand in for others.
 """
 
 from __future__ import annotations

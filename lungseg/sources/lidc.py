@@ -81,7 +81,7 @@ def find_cases(
     LIDC-IDRI-0001; a patient's second scan in the order of that database has "-b" appended. The case id is
     that name where `public_ids` says so, else its keyed hash. Left out are scans thicker than
     `max_slice_thickness_mm`, with irregular slice positions, or not wholly downloaded.
-    A folder of which no file can be read belongs to nobody knows which scan: without `check` it is logged.
+    If no file of a folder can be read, its scan is unknown: that is raised, or without `check` logged.
     Raises DataError: "dicom-dir-missing", "dicom-unreadable", "lidc-series-missing".
     """
     folders = _series_folders(Path(dicom_dir), check)
