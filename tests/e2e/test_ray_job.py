@@ -10,10 +10,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
-import SimpleITK as sitk  # noqa: N813
+from helpers.balls import write_balls
 from helpers.servers import ROOT, free_ports
+
+from lungseg.storage import open_store
 
 pytestmark = pytest.mark.slow
 LUNGSEG = [sys.executable, "-m", "lungseg.cli"]
@@ -58,15 +59,11 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
 def test_a_submitted_training_job_succeeds_and_its_best_checkpoint_can_be_pulled(
     head: dict[str, str], tmp_path: Path
 ) -> None:
-    _write_pairs(tmp_path / "pairs")
     store = str(tmp_path / "store")
+    write_balls(open_store(store))
     common = ["--set", "train.global_batch=2", "--set", "model.width=2", "--set", "model.depth=2"]
     common += ["--set", "data.patch.shape_zyx=[16,16,16]", "--set", "train.epochs=1"]
     here = ["--store", store, "--data", "balls", *common]
-    subprocess.run(
-        [*LUNGSEG, "prepare", "pairs", str(tmp_path / "pairs"), *here],
-        check=True, capture_output=True, timeout=200,
-    )  # fmt: skip
     train = ["python", str(ROOT / "jobs" / "train.py"), *here, "--run", "job"]
     for attempt in range(30):
         done = subprocess.run(
@@ -84,15 +81,3 @@ def test_a_submitted_training_job_succeeds_and_its_best_checkpoint_can_be_pulled
     pulled = subprocess.run([*LUNGSEG, *pull], capture_output=True, text=True, timeout=60)
     assert pulled.returncode == 0, pulled.stderr
     assert (tmp_path / "out" / "model.keras").stat().st_size > 0
-
-
-def _write_pairs(folder: Path) -> None:
-    """Six scans of 32 mm with a bright ball each."""
-    zyx = np.indices((32, 32, 32))
-    for number in range(6):
-        centre = np.array([12 + number, 16, 18]).reshape(3, 1, 1, 1)
-        ball = ((zyx - centre) ** 2).sum(0) <= 16
-        arrays = {"images": np.where(ball, 40, -850).astype(np.int16), "masks": ball.astype(np.uint8)}
-        for kind, array in arrays.items():
-            (folder / kind).mkdir(parents=True, exist_ok=True)
-            sitk.WriteImage(sitk.GetImageFromArray(array), str(folder / kind / f"case{number}.nii.gz"))

@@ -49,21 +49,25 @@ def test_every_epoch_has_the_same_loss_and_validation_dice(other: str, undisturb
     np.testing.assert_allclose(epochs(other), epochs(undisturbed), atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("setting", "threads", "each"),
-    [("model.members=3", 8, (2, 3)), ("train.logical_cpu_devices=2", 1, (1, 2))],
-)
-def test_what_runs_side_by_side_shares_the_cores(setting: str, threads: int, each: tuple[int, int]) -> None:
-    """In a process of its own, since TensorFlow's threads are set once."""
+def test_what_runs_side_by_side_shares_the_cores() -> None:
+    """In processes of their own, since TensorFlow's threads are set once; they part after the long import."""
+    cases = {("model.members=3", 8): [2, 3], ("train.logical_cpu_devices=2", 1): [1, 2]}
     script = (
-        "import tensorflow as tf; from lungseg.config import load_recipe\n"
+        "import json, os, sys, tensorflow as tf; from lungseg.config import load_recipe\n"
         "from lungseg.train.strategy import make_strategy\n"
-        f"make_strategy(load_recipe(None, ['{setting}']), 1, {threads})\n"
         "get = tf.config.threading\n"
-        "print(get.get_intra_op_parallelism_threads(), get.get_inter_op_parallelism_threads())\n"
+        "for setting, threads in json.loads(sys.argv[1]):\n"
+        "    if os.fork():\n"
+        "        assert os.wait()[1] == 0\n"
+        "        continue\n"
+        "    make_strategy(load_recipe(None, [setting]), 1, threads)\n"
+        "    each = get.get_intra_op_parallelism_threads(), get.get_inter_op_parallelism_threads()\n"
+        "    print(json.dumps(each), flush=True)\n"
+        "    os._exit(0)\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == [str(number) for number in each]
+    command = [sys.executable, "-c", script, json.dumps(list(cases))]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert [json.loads(line) for line in done.stdout.splitlines()] == list(cases.values())
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -87,9 +91,17 @@ def test_ranks_together_see_the_global_batches_of_one_worker(balls: Any, world_s
 
 @pytest.mark.parametrize(("asked", "taken"), [("", True), ("0", False)])
 def test_convolutions_are_those_of_onednn_on_every_cpu(asked: str, taken: bool) -> None:
-    """Unless the environment says otherwise; TensorFlow alone has them from AVX-512 VNNI on only."""
+    """Unless the environment says otherwise; TensorFlow alone has them from AVX-512 VNNI on only.
+
+    The one module that knows is loaded without the seconds of the whole of TensorFlow.
+    """
     script = (
-        "import lungseg; from tensorflow.python.util import _pywrap_util_port as p; print(p.IsMklEnabled())"
+        "import lungseg; from importlib import util; from pathlib import Path\n"
+        "folder = Path(util.find_spec('tensorflow').origin).parent / 'python/util'\n"
+        "spec = util.spec_from_file_location('_pywrap_util_port', folder / '_pywrap_util_port.so')\n"
+        "module = util.module_from_spec(spec)\n"
+        "spec.loader.exec_module(module)\n"
+        "print(module.IsMklEnabled())\n"
     )
     kept = {name: value for name, value in os.environ.items() if name != "TF_ENABLE_ONEDNN_OPTS"}
     env = kept | ({"TF_ENABLE_ONEDNN_OPTS": asked} if asked else {})
