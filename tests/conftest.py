@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from helpers.scraping import Endpoint
 from helpers.servers import BUCKET, REAL_DATA, S3Server, free_ports, s3_client
-from helpers.turns import group, in_turn, its_turn
+from helpers.turns import group, in_turn, is_alone, its_turn
 from hypothesis import settings
 
 # In CI the same examples each time: a rare one must be found at a desk, not block what it has no part in.
@@ -43,7 +43,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    with its_turn(item):
+    with its_turn(is_alone(item)):
         return (yield)
 
 
