@@ -43,8 +43,9 @@ def describe_split(cases: Sequence[tuple[str, str]], split_of: Mapping[str, str]
     split_of_patient = {patient: split_of[case] for case, patient in cases}
     count = Counter(split_of_patient.values())
     where = ", ".join(f"{count[split]} {split}" for split in SPLITS)
-    patients = f"{len(split_of_patient)} patient{'s' * (len(split_of_patient) != 1)}"
-    return f"{len(cases)} scans of {patients} ({where}), {patients_by}"
+    numbers = (("scan", len(cases)), ("patient", len(split_of_patient)))
+    scans, patients = (f"{number} {word}{'s' * (number != 1)}" for word, number in numbers)
+    return f"{scans} of {patients} ({where}), {patients_by}"
 
 
 def own_split(patient: str, config: SplitConfig) -> str:

@@ -183,6 +183,8 @@ def test_who_is_held_to_be_who_is_told_in_a_line() -> None:
     one = [(f"scan{n}", "LUNG1") for n in range(8)]
     told = describe_split(one, assign_splits(one, SplitConfig()), "by name")
     assert told == "8 scans of 1 patient (1 train, 0 val, 0 test), by name"
+    told = describe_split(one[:1], {"scan0": "train"}, "by name")
+    assert told == "1 scan of 1 patient (1 train, 0 val, 0 test), by name"
     two = [("a", "P1"), ("b", "P1"), ("c", "P2")]
     told = describe_split(two, {"a": "train", "b": "train", "c": "test"}, "by id")
     assert told == "3 scans of 2 patients (1 train, 0 val, 1 test), by id"
