@@ -155,11 +155,11 @@ def test_the_mask_lies_on_the_series_as_itk_reads_it(stored: Stored, tmp_path: P
 def test_a_patch_around_the_mark_knows_where_it_lies(stored: Stored, tmp_path: Path) -> None:
     place, _ = marked_series(tmp_path / "series", stored)
     volume = read_series(tmp_path / "series")
-    mask = (volume.volume_hu == MARK_HU).astype(np.uint8)
-    scan = LabelledScan(volume, mask, np.zeros_like(mask), (Nodule("n1", vector(place), 5.0, 4),))
-    on_grid, ignore = to_grid(scan, (1.0, 1.0, 1.0))
+    mask = (volume.volume_hu == MARK_HU).astype(np.int16)
+    scan = LabelledScan(volume, mask, (Nodule("n1", vector(place), 5.0, 4),))
+    on_grid = to_grid(scan, (1.0, 1.0, 1.0))
     config = PatchConfig(shape_zyx=(24, 20, 16), jitter=0.5)
-    patches = [p for p in cut_patches("c", scan, on_grid, ignore, config) if p.stratum == "nodule"]
+    patches = [p for p in cut_patches("c", scan, on_grid, config) if p.stratum == "nodule"]
     assert len(patches) == 4
     axes = np.array(on_grid.volume.geometry.direction_lps)
     for patch in patches:

@@ -30,7 +30,7 @@ def evaluate(
 
     opened = open_store(store)
     manifest = load_run_data(opened, run)
-    manifest.held_out(split)  # a wrong split is told before TensorFlow takes its seconds
+    manifest.require_held_out(split)  # a wrong split is told before TensorFlow takes its seconds
     with quiet_tensorflow():
         from lungseg.evaluate.protocol import evaluate_split
         from lungseg.runs.export import load_best

@@ -123,7 +123,7 @@ def _bins(nodules: Sequence[Nodule]) -> dict[str, list[Nodule]]:
     between = (f"{low:g}-{high:g} mm" for low, high in pairwise(SIZES_MM[1:-1]))
     titles = (f"< {SIZES_MM[1]:g} mm", *between, f">= {SIZES_MM[-2]:g} mm")
     return {
-        title: [nodule for nodule in nodules if low <= nodule.diameter_mm < high]
+        title: [nodule for nodule in nodules if low <= nodule.equivalent_diameter_mm < high]
         for title, (low, high) in zip(titles, pairwise(SIZES_MM), strict=True)
     }
 

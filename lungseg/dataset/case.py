@@ -16,14 +16,20 @@ from lungseg.scan.volume import Volume
 
 @dataclass(frozen=True)
 class Nodule:
-    """A nodule of the reference: `diameter_mm` is that of a ball of the same volume, `reader_dice` the mean
-    over all pairs of its readers where their outlines are known."""
+    """A nodule of the reference: `equivalent_diameter_mm` is that of a ball of the same volume.
+
+    Where readers' outlines are known, `reader_dice` is the mean over all pairs of readers, and
+    `mean_reader_diameter_mm` the mean of their longest axial diameters, which LUNA16 uses; `texture` is the
+    mean rating from 1 (ground glass) to 5 (solid).
+    """
 
     nodule_id: str
     centre_lps_mm: tuple[float, float, float]
-    diameter_mm: float
+    equivalent_diameter_mm: float
     readers: int
     reader_dice: float | None = None
+    mean_reader_diameter_mm: float | None = None
+    texture: float | None = None
 
 
 @dataclass(frozen=True)
@@ -39,34 +45,56 @@ class Exclusion:
 
 @dataclass(frozen=True)
 class LabelledScan:
-    """A scan on its own grid; `mask` (1 nodule) and `ignore` (1 neither target nor false positive)
-    are uint8 [z, y, x] on the grid of `volume`."""
+    """A scan on its own grid, and whose each voxel is: `numbers` int16 [z, y, x] on the grid of `volume` is n
+    in nodule number n (`nodules[n - 1]`), -n in the n-th region that is neither target nor false positive,
+    and 0 in all else. So nodules that touch stay two."""
 
     volume: Volume
-    mask: np.ndarray
-    ignore: np.ndarray
+    numbers: np.ndarray
     nodules: tuple[Nodule, ...]
+
+    @property
+    def mask(self) -> np.ndarray:
+        """uint8 [z, y, x], 1 in any nodule."""
+        return (self.numbers > 0).view(np.uint8)
+
+    @property
+    def ignore(self) -> np.ndarray:
+        """uint8 [z, y, x], 1 in any region to ignore."""
+        return (self.numbers < 0).view(np.uint8)
+
+    def sha256(self) -> str:
+        """Of all that training and evaluation take from the scan: its values, its grid, its numbers."""
+        geometry = repr(self.volume.geometry).encode()
+        parts = (geometry, self.volume.volume_hu, self.numbers)
+        digest = hashlib.sha256()
+        for part in parts:
+            digest.update(part if isinstance(part, bytes) else np.ascontiguousarray(part).data)
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True)
 class ScanFacts:
-    """What a data set says of a scan as it was read, before it was resampled; `not_hu` as in `Volume`."""
+    """What a data set says of a scan as it was read, before it was resampled; `sha256` is that of the
+    labelled scan, by which a changed mask or scan is noticed, `not_hu` as in `Volume`."""
 
     spacing_mm: tuple[float, float, float]
     shape_zyx: tuple[int, int, int]
     nodules: tuple[Nodule, ...]
+    sha256: str
     not_hu: str = ""
 
     @staticmethod
     def of(scan: LabelledScan) -> ScanFacts:
         geometry = scan.volume.geometry
-        return ScanFacts(geometry.spacing_mm, geometry.shape_zyx, scan.nodules, scan.volume.not_hu)
+        facts = geometry.spacing_mm, geometry.shape_zyx, scan.nodules
+        return ScanFacts(*facts, scan.sha256(), scan.volume.not_hu)
 
     @staticmethod
     def from_json(tree: dict[str, Any]) -> ScanFacts:
         nodules = (Nodule(**{**one, "centre_lps_mm": tuple(one["centre_lps_mm"])}) for one in tree["nodules"])
         grid = tuple(tree["spacing_mm"]), tuple(tree["shape_zyx"])
-        return ScanFacts(*grid, tuple(nodules), tree.get("not_hu", ""))
+        return ScanFacts(*grid, tuple(nodules), tree["sha256"], tree.get("not_hu", ""))
 
 
 class Case(Protocol):

@@ -15,21 +15,22 @@ from functools import cache
 from typing import Any, TypeVar
 
 import numpy as np
+from scipy.spatial import cKDTree
 
 from lungseg.config import DataConfig, PatchConfig
 from lungseg.dataset import patches, shards
-from lungseg.dataset.case import IGNORE, Case, LabelledScan, ScanFacts
+from lungseg.dataset.case import Case, LabelledScan, ScanFacts
 from lungseg.dataset.shards import FORMAT, Patch, Shard
-from lungseg.dataset.stored_scans import StoredVolume, VolumeEntry, copy_volume, write_volume
+from lungseg.dataset.stored_scans import StoredScan, StoredScanEntry, copy_scan, write_scan
 from lungseg.errors import DataError
 from lungseg.scan.lungs import lung_mask
 from lungseg.scan.resample import resample, resample_mask
-from lungseg.scan.volume import AIR_HU, Volume, vector
+from lungseg.scan.volume import AIR_HU, Geometry, Volume, vector
 from lungseg.storage import Store, keys, to_json
 
-WORK_FORMAT = 4
+WORK_FORMAT = 5
 """Of what is kept of a scan: that of another version is not read."""
-T = TypeVar("T", "Cut", VolumeEntry)
+T = TypeVar("T", "Cut", StoredScanEntry)
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,11 @@ class Cut:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What one scan gave a data set; `volume` is None in training."""
+    """What one scan gave a data set; `held_out` is the whole scan, None in training."""
 
     case_id: str
     cut: Cut
-    volume: VolumeEntry | None
+    held_out: StoredScanEntry | None = None
 
 
 def prepare_scan(store: Store, name: str, case: Case, split: str, config: DataConfig) -> Prepared:
@@ -64,39 +65,40 @@ def prepare_scan(store: Store, name: str, case: Case, split: str, config: DataCo
     stem = f"{case.case_id}-{digest([WORK_FORMAT, settings, case.stamp()])}"
 
     @cache
-    def read() -> tuple[LabelledScan, StoredVolume, np.ndarray]:
+    def read() -> tuple[LabelledScan, StoredScan]:
         scan = case.load()
         if scan.volume.not_hu and not config.allow_not_hu:
             remedy = "give the scan in HU, or take such scans by data.allow_not_hu=true"
             raise DataError("not-hu", scan=case.case_id, message=scan.volume.not_hu, remedy=remedy)
-        return scan, *to_grid(scan, config.spacing_mm)
+        return scan, to_grid(scan, config.spacing_mm)
 
-    def cut() -> Cut:
-        scan, stored, ignore = read()
-        found = cut_patches(case.case_id, scan, stored, ignore, config.patch)
+    def make_cut() -> Cut:
+        scan, stored = read()
+        found = cut_patches(case.case_id, scan, stored, config.patch)
         shard = None
         if found:
             key, shape = keys.kept_patches(stem), config.patch.shape_zyx
             shard = shards.write_shard(store, key, ([patch] for patch in found), shape, "planes-lz4")
         return Cut(tuple(patch.stratum for patch in found), shard, ScanFacts.of(scan))
 
-    def volume() -> VolumeEntry:
-        key = keys.held_out(name, split, f"{case.case_id}-{digest([settings, split])}")
+    def hold_out() -> StoredScanEntry:
+        made_of = digest([settings, split, cut.facts.sha256])
+        key = keys.held_out(name, split, f"{case.case_id}-{made_of}")
         note = keys.kept_held_out(stem)
-        earlier = VolumeEntry(**store.get_json(note)) if store.exists(note) else None
-        copied = copy_volume(store, earlier, key) if earlier else None
+        earlier = StoredScanEntry(**store.get_json(note)) if store.exists(note) else None
+        copied = copy_scan(store, earlier, key) if earlier else None
         if copied:
             return copied
-        written = write_volume(store, key, case.case_id, read()[1])
+        written = write_scan(store, key, case.case_id, read()[1])
         store.put_json(note, asdict(written))
         return written
 
-    patches_of_it = _once(store, keys.kept(stem), Cut.from_json, cut)
+    cut = _once(store, keys.kept(stem), Cut.from_json, make_cut)
     if split == "train":
-        return Prepared(case.case_id, patches_of_it, None)
+        return Prepared(case.case_id, cut)
     committed = keys.data_work(name, f"{split}-{stem}")
     return Prepared(
-        case.case_id, patches_of_it, _once(store, committed, lambda tree: VolumeEntry(**tree), volume)
+        case.case_id, cut, _once(store, committed, lambda tree: StoredScanEntry(**tree), hold_out)
     )
 
 
@@ -109,35 +111,37 @@ def _once(store: Store, key: str, from_json: Callable[[dict[str, Any]], T], make
     return made
 
 
-def to_grid(scan: LabelledScan, spacing_mm: tuple[float, float, float]) -> tuple[StoredVolume, np.ndarray]:
-    """The scan on LPS axes at `spacing_mm` with its mask (IGNORE where the ignore regions are), and those
-    regions alone. Masks go through linear interpolation and 0.5, which keeps a nodule's volume."""
+def to_grid(scan: LabelledScan, spacing_mm: tuple[float, float, float]) -> StoredScan:
+    """The scan on LPS axes at `spacing_mm` with its numbers."""
     volume = resample(scan.volume, spacing_mm)
-    target, ignore = (
-        resample_mask(mask, scan.volume.geometry, volume.geometry) for mask in (scan.mask, scan.ignore)
-    )
-    ignore &= ~target
-    mask = target.view(np.uint8)
-    mask[ignore] = IGNORE
-    return StoredVolume(volume, mask), ignore
+    return StoredScan(volume, _numbers_on(volume.geometry, scan))
 
 
-def cut_patches(
-    case_id: str, scan: LabelledScan, stored: StoredVolume, ignore: np.ndarray, config: PatchConfig
-) -> list[Patch]:
+def _numbers_on(target: Geometry, scan: LabelledScan) -> np.ndarray:
+    """int16 [z, y, x] on `target`. All nodules together, and all regions to ignore, go through linear
+    interpolation and 0.5, which keeps their volume; whose a voxel is, its nearest numbered voxel says."""
+    source = scan.volume.geometry
+    nodules, ignored = (resample_mask(mask, source, target) for mask in (scan.mask, scan.ignore))
+    numbers = np.zeros(target.shape_zyx, np.int16)
+    for inside, own in ((nodules, scan.numbers > 0), (ignored & ~nodules, scan.numbers < 0)):
+        if inside.any():
+            near = cKDTree(source.to_lps_mm(np.argwhere(own)))
+            _, nearest = near.query(target.to_lps_mm(np.argwhere(inside)))
+            numbers[inside] = scan.numbers[own][nearest]
+    return numbers
+
+
+def cut_patches(case_id: str, scan: LabelledScan, stored: StoredScan, config: PatchConfig) -> list[Patch]:
     """The training patches of one scan; deterministic in the case id and the settings."""
     volume: Volume = stored.volume
     centres = [(n.nodule_id, vector(volume.geometry.to_index_zyx(n.centre_lps_mm))) for n in scan.nodules]
     seed = int(fingerprint([config.seed, case_id])[:15], 16)
-    target = (stored.mask == 1).astype(np.uint8)
-    lungs = lung_mask(volume)
-    sites = patches.select_sites(
-        target, ignore.astype(np.uint8), lungs, volume.volume_hu, centres, config, seed
-    )
+    mask = stored.mask
+    sites = patches.select_sites(mask, lung_mask(volume), volume.volume_hu, centres, config, seed)
     return [
         Patch(
             image_hu=patches.cut(volume.volume_hu, site.centre_zyx, config.shape_zyx, AIR_HU),
-            mask=patches.cut(stored.mask, site.centre_zyx, config.shape_zyx, 0),
+            mask=patches.cut(mask, site.centre_zyx, config.shape_zyx, 0),
             case_id=case_id,
             nodule_id=site.nodule_id,
             stratum=site.stratum,

@@ -10,7 +10,7 @@ from typing import Any
 from lungseg.config import DataConfig
 from lungseg.dataset.case import Exclusion, ScanFacts
 from lungseg.dataset.shards import FORMAT, Extent, Shard
-from lungseg.dataset.stored_scans import VolumeEntry
+from lungseg.dataset.stored_scans import StoredScanEntry
 from lungseg.errors import DataError
 from lungseg.storage import Store, keys, to_json
 
@@ -25,7 +25,7 @@ class Manifest:
     config: dict[str, Any]
     patch_shape_zyx: tuple[int, int, int]
     shards: dict[str, tuple[Shard, ...]]
-    volumes: dict[str, tuple[VolumeEntry, ...]]
+    held_out: dict[str, tuple[StoredScanEntry, ...]]
     cases: dict[str, tuple[str, ...]]
     counts: dict[str, dict[str, int]]
     excluded: tuple[Exclusion, ...]
@@ -53,12 +53,12 @@ class Manifest:
     def positives(self, split: str) -> list[int]:
         return [batch.positives for shard in self.shards[split] for batch in shard.batches]
 
-    def held_out(self, split: str) -> tuple[VolumeEntry, ...]:
+    def require_held_out(self, split: str) -> tuple[StoredScanEntry, ...]:
         """The whole scans of a split. Raises DataError("split-empty") where none are kept."""
-        if not self.volumes.get(split):
-            kept = ", ".join(name for name, found in self.volumes.items() if found) or "none"
+        if not self.held_out.get(split):
+            kept = ", ".join(name for name, found in self.held_out.items() if found) or "none"
             raise DataError("split-empty", data=self.name, split=split, remedy=f"splits with scans: {kept}")
-        return self.volumes[split]
+        return self.held_out[split]
 
 
 def load_manifest(store: Store, name: str) -> Manifest:
@@ -72,7 +72,9 @@ def load_manifest(store: Store, name: str) -> Manifest:
     if not isinstance(tree, dict) or tree.pop("format", None) != FORMAT:
         raise DataError("manifest-format", key=key, remedy="prepare the data again with this version")
     tree["shards"] = {s: tuple(map(Shard.from_json, shards)) for s, shards in tree["shards"].items()}
-    tree["volumes"] = {s: tuple(VolumeEntry(**v) for v in found) for s, found in tree["volumes"].items()}
+    tree["held_out"] = {
+        s: tuple(StoredScanEntry(**v) for v in found) for s, found in tree["held_out"].items()
+    }
     tree["cases"] = {split: tuple(cases) for split, cases in tree["cases"].items()}
     tree["patch_shape_zyx"] = tuple(tree["patch_shape_zyx"])
     tree["excluded"] = tuple(Exclusion(**row) for row in tree["excluded"])

@@ -35,7 +35,6 @@ class Site:
 
 def select_sites(
     mask: np.ndarray,
-    ignore: np.ndarray,
     lungs: np.ndarray,
     volume_hu: np.ndarray,
     nodules_zyx: Sequence[tuple[str, tuple[float, float, float]]],
@@ -44,18 +43,18 @@ def select_sites(
 ) -> list[Site]:
     """The patches of one scan; the same arguments always give the same list.
 
-    All arrays are [z, y, x] on one grid; `nodules_zyx` are (id, centre as index). Each nodule gets
-    `positives_per_nodule` patches that hold its centre, off the middle by at most `jitter` of half a
-    patch. Negatives are voxels above -500 HU in the lungs ("hard"), any voxels of the lungs ("lung")
-    and voxels above -500 HU outside them ("outside"); a patch that would touch a nodule or an ignore
-    voxel is dropped. Where a scan has too little room there are fewer negatives, or none.
+    All arrays are [z, y, x] on one grid, `mask` nonzero in nodules and where to ignore; `nodules_zyx` are
+    (id, centre as index). Each nodule gets `positives_per_nodule` patches that hold its centre, off the
+    middle by at most `jitter` of half a patch. Negatives are voxels above -500 HU in the lungs ("hard"), any
+    voxels of the lungs ("lung") and voxels above -500 HU outside them ("outside"); a patch that would touch a
+    nodule or an ignore voxel is dropped. Where a scan has too little room there are fewer negatives, or none.
 
     Patches are moved to lie within the scan on each axis that is long enough; `cut` pads the others.
     """
     rng = np.random.Generator(np.random.PCG64(seed))
     size = np.array(config.shape_zyx)
     reach = np.floor(config.jitter * (size - 1) / 2).astype(int)
-    taken = (mask != 0) | (ignore != 0)
+    taken = mask != 0
     sites = []
     for nodule_id, centre in nodules_zyx:
         middle = np.clip(np.rint(centre).astype(int), 0, np.array(mask.shape) - 1)

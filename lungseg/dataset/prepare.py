@@ -11,6 +11,7 @@ name write other objects: the first to write the manifest owns the name.
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -25,6 +26,13 @@ from lungseg.dataset.card import write_card
 from lungseg.dataset.case import Case, Exclusion
 from lungseg.dataset.cutting import Prepared, digest, fingerprint, prepare_scan
 from lungseg.dataset.manifest import Manifest, load_manifest
+from lungseg.dataset.same import (
+    keep_stamps,
+    kept_stamps,
+    require_same_scans,
+    require_same_settings,
+    stamps_now,
+)
 from lungseg.dataset.shards import POSITIVE, Extent, Patch, Shard
 from lungseg.dataset.shuffle import permutation
 from lungseg.dataset.splits import SPLITS, assign_splits, describe_split, read_table
@@ -46,12 +54,12 @@ def prepare(
     excluded: Sequence[Exclusion] = (),
     skip_broken: bool = False,
 ) -> Manifest:
-    """The data set `name`; one that is there already with the same cases and settings is reused.
+    """The data set `name`; one that is there already, of the same scans and settings, is reused.
 
     All scans are tried, and each that cannot be used is logged. With `skip_broken` the manifest lists them
     under `excluded`, else nothing is made: what the only one raised is raised, or DataError("scans-broken").
-    Raises DataError("cases-none"), DataError("data-exists") if it is there with others, as `read_table` and
-    `assign_splits`.
+    Raises DataError("cases-none"); DataError("data-exists") if it is there with others, or if a scan or a
+    mask has changed since; as `read_table` and `assign_splits`.
     """
     if not cases:
         raise DataError("cases-none", data=name, remedy="give a folder with scans that are not all excluded")
@@ -60,23 +68,16 @@ def prepare(
     split_of = assign_splits(people, config.split, table)
     log("data").info(describe_split(people, split_of, cases[0].patients_by))
     wanted = fingerprint({"config": config.model_dump(mode="json"), "splits": split_of})
-    key = keys.data_manifest(name)
-    if not store.exists(key):
-        try:
-            done, broken = _scans(store, name, cases, split_of, config, progress)
-            if broken and not (skip_broken and done):
-                raise _refused(broken, len(cases))
-            left_out = [*excluded, *(_exclusion(case_id, error) for case_id, error in broken.items())]
-            built = _build(store, name, cases, done, split_of, config, left_out, wanted)
-            store.put_if_absent(key, built.to_bytes())
-        except LungsegError:
-            if not store.exists(key):  # else another job was first, and swept away what it does not name
-                raise
+    stamps = stamps_now(cases)
+    if not store.exists(keys.data_manifest(name)):
+        _make(store, name, cases, split_of, config, progress, excluded, skip_broken, wanted, stamps)
     manifest = load_manifest(store, name)
-    if manifest.fingerprint != wanted:
-        remedy = "choose another --data name, or delete the old data set"
-        message = "made from other scans or settings"
-        raise DataError("data-exists", data=name, store=store.uri, message=message, remedy=remedy)
+    require_same_settings(manifest, wanted, store)
+    if not stamps or kept_stamps(store, manifest) != stamps:
+        # Only the digests are wanted, and nothing may be written beside what is there: as of training scans.
+        done, _ = _scans(store, name, cases, dict.fromkeys(split_of, "train"), config, progress)
+        require_same_scans(manifest, {one.case_id: one.cut.facts.sha256 for one in done}, store)
+        keep_stamps(store, name, manifest.sha256, stamps)
     broken_then = sum(one.broken for one in manifest.excluded)
     if broken_then and not skip_broken:
         remedy = "allow it with --skip-broken, or prepare the mended scans under another --data name"
@@ -85,6 +86,34 @@ def prepare(
     _sweep(store, manifest)
     write_card(store, manifest)
     return manifest
+
+
+def _make(
+    store: Store,
+    name: str,
+    cases: Sequence[Case],
+    split_of: dict[str, str],
+    config: DataConfig,
+    progress: Progress,
+    excluded: Sequence[Exclusion],
+    skip_broken: bool,
+    wanted: str,
+    stamps: str,
+) -> None:
+    """Make the data set, unless another job is first."""
+    key = keys.data_manifest(name)
+    try:
+        done, broken = _scans(store, name, cases, split_of, config, progress)
+        if broken and not (skip_broken and done):
+            raise _refused(broken, len(cases))
+        left_out = [*excluded, *(_exclusion(case_id, error) for case_id, error in broken.items())]
+        manifest = _build(store, name, cases, done, split_of, config, left_out, wanted).to_bytes()
+    except LungsegError:
+        if store.exists(key):  # another job was first, and swept away what it does not name
+            return
+        raise
+    if store.put_if_absent(key, manifest):
+        keep_stamps(store, name, hashlib.sha256(manifest).hexdigest(), stamps)
 
 
 def _build(
@@ -104,8 +133,8 @@ def _build(
         config=config.model_dump(mode="json"),
         patch_shape_zyx=config.patch.shape_zyx,
         shards={split: _shards(store, name, split, done, split_of, config) for split in SPLITS[:2]},
-        volumes={
-            split: tuple(d.volume for d in done if d.volume and split_of[d.case_id] == split)
+        held_out={
+            split: tuple(d.held_out for d in done if d.held_out and split_of[d.case_id] == split)
             for split in SPLITS[1:]
         },
         cases={split: tuple(d.case_id for d in done if split_of[d.case_id] == split) for split in SPLITS},
@@ -137,7 +166,7 @@ def _exclusion(case_id: str, error: LungsegError) -> Exclusion:
 def _sweep(store: Store, manifest: Manifest) -> None:
     """Delete the work files, and what jobs with other settings left behind."""
     named = {shard.key for split in manifest.shards.values() for shard in split}
-    named |= {volume.key for split in manifest.volumes.values() for volume in split}
+    named |= {scan.key for split in manifest.held_out.values() for scan in split}
     for prefix in keys.data_swept(manifest.name):
         store.delete([item.key for item in store.find(prefix) if item.key not in named])
 
@@ -175,11 +204,11 @@ def _scans(
     """What the scans gave, by case id, and what is wrong with those that are broken."""
     tasks = [(store, name, case, split_of[case.case_id], config) for case in cases]
 
-    def told(result: Prepared | tuple[str, LungsegError]) -> None:
+    def show(result: Prepared | tuple[str, LungsegError]) -> None:
         if isinstance(result, tuple):
             log("data").warning("scan %s is broken: %s", *result)
 
-    found = _parallel(_scan_task, tasks, SCAN_BYTES, progress, told)
+    found = _parallel(_scan_task, tasks, SCAN_BYTES, progress, show)
     done = [one for one in found if isinstance(one, Prepared)]
     broken: dict[str, LungsegError] = dict(one for one in found if isinstance(one, tuple))
     return sorted(done, key=lambda d: d.case_id), dict(sorted(broken.items()))
@@ -200,10 +229,10 @@ def _parallel(
     tasks: Sequence[tuple[Any, ...]],
     memory_bytes: int,
     progress: Progress = lambda done, total: None,
-    told: Callable[[Any], None] = lambda result: None,
+    on_result: Callable[[Any], None] = lambda result: None,
 ) -> list[Any]:
-    """The results of Ray tasks in the order of `tasks`, each told as it comes; a task whose worker dies is
-    done again.
+    """The results of Ray tasks in the order of `tasks`, each handed to `on_result` as it comes; a task
+    whose worker dies is done again.
 
     What a task raises is raised as it is; those that wait are then given up.
     """
@@ -217,7 +246,7 @@ def _parallel(
         while pending:
             ready, pending = ray.wait(pending)
             for result in ray.get(ready):
-                told(result)
+                on_result(result)
             progress(len(tasks) - len(pending), len(tasks))
         results: list[Any] = ray.get(all_of_them)
     except Exception as error:

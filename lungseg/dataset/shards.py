@@ -30,7 +30,7 @@ from lungseg.errors import DataError
 from lungseg.storage import Store
 from lungseg.telemetry import CHECKSUM_FAILURES
 
-FORMAT = 3
+FORMAT = 4
 POSITIVE = STRATA[0]
 
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from lungseg.dataset.case import IGNORE
 from lungseg.dataset.manifest import Manifest
-from lungseg.dataset.stored_scans import read_volume
+from lungseg.dataset.stored_scans import read_scan
 from lungseg.errors import DataError
 from lungseg.evaluate.case import CaseResult, evaluate_case, mean_or_none
 from lungseg.evaluate.report import reader_ceiling, write_report
@@ -40,7 +41,7 @@ def evaluate_split(
 
     Raises DataError("split-empty") if the data set keeps no whole scans of that split.
     """
-    entries = manifest.held_out(split)
+    entries = manifest.require_held_out(split)
     config = best.recipe.segment
     methods: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
         "model": lambda hu, lungs: predict_volume(
@@ -50,16 +51,16 @@ def evaluate_split(
     }
     results: dict[str, list[CaseResult]] = {name: [] for name in methods}
     for number, entry in enumerate(entries):
-        stored = read_volume(store, entry)
-        lungs = lung_mask(stored.volume)
+        stored = read_scan(store, entry)
+        mask, lungs = stored.mask, lung_mask(stored.volume)
         found = lungs if lungs.any() else None
         for name, probability_of in methods.items():
-            everywhere = np.ones_like(stored.mask) if found is None else found
+            everywhere = np.ones_like(mask) if found is None else found
             results[name].append(
                 evaluate_case(
                     probability_of(stored.volume.volume_hu, everywhere),
-                    stored.mask == 1,
-                    stored.mask == 255,
+                    mask == 1,
+                    mask == IGNORE,
                     stored.volume.geometry.spacing_mm,
                     config,
                     lungs=found,

@@ -107,19 +107,21 @@ def label(volume: Volume, marks: Sequence[Mark], slices: np.ndarray, config: Lid
     is the number of its mark. What is not a nodule by `min_readers` and `min_diameter_mm`, or has no voxel
     in the chosen mask, is ignored where `ignore_others` says so, and else background.
     """
-    mask = np.zeros(volume.geometry.shape_zyx, np.uint8)
-    ignore = np.zeros_like(mask)
-    nodules = []
+    numbers = np.zeros(volume.geometry.shape_zyx, np.int16)
+    ignored = np.zeros_like(numbers)
+    nodules: list[Nodule] = []
+    regions = 0
     for number, mark in enumerate(marks, 1):
         part = mark.mask(config.mask, config.consensus)
         agreed = mark.readers >= config.min_readers and mark.mean_reader_diameter_mm >= config.min_diameter_mm
         if agreed and part.any():
-            indices = _paint(mask, mark, part, slices)
+            indices = _paint(numbers, mark, part, slices, len(nodules) + 1)
             nodules.append(_nodule(f"n{number:02d}", indices, volume.geometry, mark))
         elif config.ignore_others:
-            _paint(ignore, mark, mark.drawn, slices)
-    ignore[mask == 1] = 0
-    return LabelledScan(volume, mask, ignore, tuple(nodules))
+            regions += 1
+            _paint(ignored, mark, mark.drawn, slices, -regions)
+    np.copyto(numbers, ignored, where=numbers == 0)
+    return LabelledScan(volume, numbers, tuple(nodules))
 
 
 def soft_mask(geometry: Geometry, marks: Sequence[Mark], slices: np.ndarray) -> np.ndarray:
@@ -142,10 +144,10 @@ def _indices(mark: Mark, part: np.ndarray, slices: np.ndarray) -> np.ndarray:
     return indices
 
 
-def _paint(target: np.ndarray, mark: Mark, part: np.ndarray, slices: np.ndarray) -> np.ndarray:
-    """Set `part` of the mark in `target`; gives the voxels' indices there."""
+def _paint(target: np.ndarray, mark: Mark, part: np.ndarray, slices: np.ndarray, number: int) -> np.ndarray:
+    """Set `part` of the mark in `target` to its number; gives the voxels' indices there."""
     indices = _indices(mark, part, slices)
-    target[tuple(indices.T)] = 1
+    target[tuple(indices.T)] = number
     return indices
 
 
@@ -154,7 +156,9 @@ def _nodule(nodule_id: str, indices_zyx: np.ndarray, geometry: Geometry, mark: M
     return Nodule(
         nodule_id=nodule_id,
         centre_lps_mm=vector(geometry.to_lps_mm(indices_zyx.mean(axis=0))),
-        diameter_mm=float(np.cbrt(6 * volume_mm3 / np.pi)),
+        equivalent_diameter_mm=float(np.cbrt(6 * volume_mm3 / np.pi)),
         readers=mark.readers,
         reader_dice=mark.reader_dice(),
+        mean_reader_diameter_mm=mark.mean_reader_diameter_mm,
+        texture=mark.texture,
     )

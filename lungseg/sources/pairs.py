@@ -70,7 +70,9 @@ class PairCase:
         _check_grids(self.image, self.mask)
         values, geometry = read_labels(self.mask)
         mask, ignore = _divide(values, self.labels, self.mask)
-        return LabelledScan(read_image(self.image), mask, ignore, _nodules(mask, geometry))
+        numbers, nodules = _nodules(mask, geometry)
+        numbers -= cc3d.connected_components(ignore, connectivity=26).astype(np.int16)
+        return LabelledScan(read_image(self.image), numbers, nodules)
 
 
 def find_cases(folder: Path, config: PairsConfig, check: bool = True) -> list[PairCase]:
@@ -175,18 +177,21 @@ def _check_grids(image: Path, mask: Path) -> None:
     )
 
 
-def _nodules(mask: np.ndarray, geometry: Geometry) -> tuple[Nodule, ...]:
+def _nodules(mask: np.ndarray, geometry: Geometry) -> tuple[np.ndarray, tuple[Nodule, ...]]:
+    """Each component of a mask as a nodule: their numbers, int16 [z, y, x], and what they are."""
+    numbers = np.zeros(mask.shape, np.int16)
     box = bounding_box(mask)
     if not box:
-        return ()
+        return numbers, ()
     labels, count = cc3d.connected_components(mask[box], connectivity=26, return_N=True)
+    numbers[box] = labels
     statistics, part = cc3d.statistics(labels), geometry.part(box)
-    voxel_mm3 = math.prod(geometry.spacing_mm)
-    return tuple(
+    volumes_mm3 = statistics["voxel_counts"] * math.prod(geometry.spacing_mm)
+    return numbers, tuple(
         Nodule(
             nodule_id=str(label),
             centre_lps_mm=vector(part.to_lps_mm(statistics["centroids"][label])),
-            diameter_mm=math.cbrt(6 / math.pi * float(statistics["voxel_counts"][label]) * voxel_mm3),
+            equivalent_diameter_mm=math.cbrt(6 / math.pi * float(volumes_mm3[label])),
             readers=0,
         )
         for label in range(1, count + 1)

@@ -21,6 +21,11 @@ def data_manifest(data: str) -> str:
     return f"{data_root(data)}/manifest.json"
 
 
+def data_stamps(data: str) -> str:
+    """What the scans' files looked like when they were last found to be those of the data set."""
+    return f"{data_root(data)}/stamps.json"
+
+
 def card(data: str, kind: str) -> str:
     return f"{data_root(data)}/card.{kind}"
 

@@ -48,8 +48,8 @@ def write_scans(folder: Path) -> list[dict[str, Any]]:
     scans = []
     for case in cases:
         scan = case.load()
-        stored, ignore = to_grid(scan, (1.0, 1.0, 1.0))
-        cut = cut_patches("c", scan, stored, ignore, PatchConfig())
+        stored = to_grid(scan, (1.0, 1.0, 1.0))
+        cut = cut_patches("c", scan, stored, PatchConfig())
         scans.append(_scan(folder, case.folder, scan.volume, scan.mask, len(cut)))
     if (REAL_DATA / "ct_c3n00247").exists():
         volume = read_series(REAL_DATA / "ct_c3n00247")

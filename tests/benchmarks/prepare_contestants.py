@@ -51,10 +51,10 @@ def lungseg() -> Worker:
         mask, geometry = _timed("mask file", read_labels, Path(scan.mask))
         mask = mask.astype(np.uint8)
         volume = _timed("DICOM", read_series, Path(scan.series))
-        labelled = LabelledScan(volume, mask, np.zeros_like(mask), _nodules(mask, geometry))
-        stored, ignore = _timed("to 1 mm", scans.to_grid, labelled, (1.0, 1.0, 1.0))
+        labelled = LabelledScan(volume, *_nodules(mask, geometry))
+        stored = _timed("to 1 mm", scans.to_grid, labelled, (1.0, 1.0, 1.0))
         config = PatchConfig(shape_zyx=(SIDE,) * 3)
-        return len(_timed("lungs and patches", scans.cut_patches, "c", labelled, stored, ignore, config))
+        return len(_timed("lungs and patches", scans.cut_patches, "c", labelled, stored, config))
 
     return work
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.painted import CONFIG, TREE, contents, quiet, times, write_pairs
+from helpers.painted import CONFIG, TREE, contents, of_data_sets, quiet, times, write_pairs
 from helpers.unpacked import unpacked
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,7 +20,7 @@ from lungseg.dataset import shards
 from lungseg.dataset.cutting import cut_patches, prepare_scan, to_grid
 from lungseg.dataset.manifest import Manifest, load_manifest
 from lungseg.dataset.prepare import plan_shards, prepare
-from lungseg.dataset.stored_scans import read_volume
+from lungseg.dataset.stored_scans import read_scan
 from lungseg.errors import DataError
 from lungseg.sources import pairs
 from lungseg.storage import Store, open_store
@@ -37,10 +37,6 @@ def prepared(
 ) -> tuple[Store, Manifest]:
     store = open_store(tmp_path_factory.mktemp("store"))
     return store, prepare(store, "d", cases, CONFIG, quiet)
-
-
-def of_data_sets(store: Store) -> dict[str, bytes]:
-    return {key: data for key, data in contents(store).items() if key.startswith("data/")}
 
 
 def all_patches(store: Store, manifest: Manifest, split: str) -> list[shards.Patch]:
@@ -73,8 +69,8 @@ def test_the_store_holds_what_the_manifest_names_and_nothing_else(
 ) -> None:
     store, manifest = prepared
     named = [shard for split in manifest.shards.values() for shard in split]
-    named_keys = {one.key for one in [*named, *manifest.volumes["val"], *manifest.volumes["test"]]}
-    beside = {f"data/d/{file}" for file in ("manifest.json", "card.json", "card.html")}
+    named_keys = {one.key for one in [*named, *manifest.held_out["val"], *manifest.held_out["test"]]}
+    beside = {f"data/d/{file}" for file in ("manifest.json", "stamps.json", "card.json", "card.html")}
     kept = {f"scans/{path.name}" for path in Path(store.uri, "scans").iterdir()}
     assert {item.key for item in store.find()} == named_keys | beside | kept
     # Patches of all scans with their notes, and a note on each of four volumes.
@@ -83,9 +79,9 @@ def test_the_store_holds_what_the_manifest_names_and_nothing_else(
     assert len(manifest.shards["train"]) >= 1
     assert "test" not in manifest.shards
     for split in ("val", "test"):
-        assert tuple(entry.case_id for entry in manifest.volumes[split]) == manifest.cases[split]
-        for entry in manifest.volumes[split]:
-            stored = read_volume(store, entry)
+        assert tuple(entry.case_id for entry in manifest.held_out[split]) == manifest.cases[split]
+        for entry in manifest.held_out[split]:
+            stored = read_scan(store, entry)
             assert stored.volume.geometry.spacing_mm == (1.0, 1.0, 1.0)
             assert stored.mask.shape == stored.volume.volume_hu.shape == (28, 30, 36)
 
@@ -100,7 +96,7 @@ def test_every_patch_is_in_the_shards_once_with_its_case_and_its_count(
         for case in cases:
             if case.case_id in manifest.cases[split]:
                 scan = case.load()
-                wanted += cut_patches(case.case_id, scan, *to_grid(scan, CONFIG.spacing_mm), CONFIG.patch)
+                wanted += cut_patches(case.case_id, scan, to_grid(scan, CONFIG.spacing_mm), CONFIG.patch)
         assert Counter(map(digest, found)) == Counter(map(digest, wanted))
         strata = Counter(patch.stratum for patch in wanted)
         counts = {"scans": len(manifest.cases[split]), "patches": len(found), **strata}
@@ -153,8 +149,8 @@ def test_what_a_killed_job_with_other_settings_left_is_swept_away(
         store.put(f"data/d/{key}", b"stale")
     coarser = CONFIG.model_copy(update={"spacing_mm": (2.0, 1.0, 1.0)})
     scan = prepare_scan(store, "d", cases[0], "val", coarser)
-    assert scan.volume is not None
-    assert store.exists(scan.volume.key)
+    assert scan.held_out is not None
+    assert store.exists(scan.held_out.key)
     prepare(store, "d", cases, CONFIG, quiet)
     assert of_data_sets(store) == of_data_sets(prepared[0])
 
@@ -195,7 +191,7 @@ def test_of_two_jobs_at_once_one_owns_the_name_and_its_data_set_is_whole(
     for split in ("train", "val"):
         assert len(all_patches(store, manifest, split)) == manifest.counts[split]["patches"]
     for split in ("val", "test"):
-        assert all(read_volume(store, entry) for entry in manifest.volumes[split])
+        assert all(read_scan(store, entry) for entry in manifest.held_out[split])
     if len(lost) == 1:
         assert manifest == prepared[1]
 

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.painted import CONFIG, TREE, contents, labelled, quiet, times, write_pairs
+from helpers.painted import CONFIG, TREE, contents, labelled, of_data_sets, quiet, times, write_pairs
 
 from lungseg.config import DataConfig, ShardConfig, SplitConfig
 from lungseg.dataset import shards
 from lungseg.dataset.cutting import cut_patches, to_grid
 from lungseg.dataset.prepare import _parallel, _shard_task, prepare
+from lungseg.errors import DataError
 from lungseg.storage import open_store
 
 
@@ -80,7 +81,7 @@ def test_another_setting_reads_again_only_what_depends_on_it(
     store = open_store(tmp_path / "store")
     config = DataConfig.model_validate(TREE | change)
     fresh = prepare(open_store(tmp_path / "fresh"), "other", cases, config, quiet)
-    before = prepare(store, "d", cases, CONFIG, quiet).volumes
+    before = prepare(store, "d", cases, CONFIG, quiet).held_out
     had = {entry.case_id for split in before.values() for entry in split}
     needed = {case for split in read_again for case in fresh.cases[split]}
     if "train" not in read_again:
@@ -112,6 +113,34 @@ def test_a_scan_whose_file_has_changed_is_read_again(ray_cluster: object, tmp_pa
     assert changed == {cases[1].case_id}
 
 
+def test_a_changed_mask_under_the_same_name_is_refused_and_harms_nothing(
+    ray_cluster: object, tmp_path: Path
+) -> None:
+    """Of a scan that is held out, whose whole volume lies in the data set too."""
+    cases = write_pairs(tmp_path / "pairs", 8)
+    store = open_store(tmp_path / "store")
+    first = prepare(store, "d", cases, CONFIG, quiet)
+    before = of_data_sets(store)
+    held_out = next(case for case in cases if case.case_id in first.cases["test"])
+    other = next(case for case in cases if case is not held_out)
+    held_out.mask.write_bytes(other.mask.read_bytes())
+    with pytest.raises(DataError, match="data-exists: 1 of its scans or masks") as caught:
+        prepare(store, "d", cases, CONFIG, quiet)
+    assert held_out.case_id in str(caught.value)
+    assert "--data" in caught.value.remedy
+    assert of_data_sets(store) == before
+    assert prepare(store, "mended", cases, CONFIG, quiet).scans != first.scans
+
+
+def test_the_same_scans_copied_elsewhere_are_the_same_data_set(ray_cluster: object, tmp_path: Path) -> None:
+    cases = write_pairs(tmp_path / "pairs", 4)
+    store = open_store(tmp_path / "store")
+    first = prepare(store, "d", cases, CONFIG, quiet)
+    for case in cases:
+        os.utime(case.mask)  # as a copy has
+    assert prepare(store, "d", cases, CONFIG, quiet) == first
+
+
 def test_a_node_works_on_no_more_scans_at_once_than_its_memory_holds(ray_cluster: Any) -> None:
     (whole,) = {node["Resources"]["memory"] for node in ray_cluster.nodes() if node["Alive"]}
 
@@ -135,13 +164,13 @@ def test_a_shard_that_a_killed_job_finished_is_not_written_again(
     """The task that Ray runs, without Ray: what matters is what it finds in the store."""
     store = open_store(tmp_path)
     scan = labelled((40, 40, 40), (1.0, 1.0, 1.0))
-    stored, ignore = to_grid(scan, (1.0, 1.0, 1.0))
-    cut = cut_patches("c", scan, stored, ignore, CONFIG.patch)
+    stored = to_grid(scan, (1.0, 1.0, 1.0))
+    cut = cut_patches("c", scan, stored, CONFIG.patch)
     work = shards.write_shard(store, "work", ([one] for one in cut), CONFIG.patch.shape_zyx, "lz4")
     plan = [[("c", 0), ("c", 2)], [("c", 1)]]
 
     def make(plan: list[list[tuple[str, int]]], config: DataConfig = CONFIG) -> shards.Shard:
-        return _shard_task(store, "data/d", "train-00000", plan, {"c": work}, config)
+        return _shard_task(store, "d", "train-00000", plan, {"c": work}, config)
 
     first = make(plan)
     before = times(tmp_path)

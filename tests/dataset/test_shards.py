@@ -28,7 +28,7 @@ from lungseg.dataset.shards import (
     patches_of,
     write_shard,
 )
-from lungseg.dataset.stored_scans import VolumeEntry
+from lungseg.dataset.stored_scans import StoredScanEntry
 from lungseg.errors import DataError, StorageError
 from lungseg.storage import FolderStore, open_store, to_json
 from lungseg.storage.keys import data_manifest
@@ -272,7 +272,7 @@ def manifest(name: str = "d") -> Manifest:
         config=DataConfig().model_dump(mode="json"),
         patch_shape_zyx=SHAPE,
         shards={"train": tuple(shards[:2]), "val": (shards[2],)},
-        volumes={"val": (VolumeEntry("c", "data/d/volumes/val/c.arrow", 7, "ef" * 32),), "test": ()},
+        held_out={"val": (StoredScanEntry("c", "data/d/volumes/val/c.arrow", 7, "ef" * 32),), "test": ()},
         cases={"train": ("a", "b"), "val": ("c",), "test": ()},
         counts={"train": {"scans": 2, "nodules": 3, "patches": 10, "nodule": 10}},
         excluded=(Exclusion("x", "slices-thick", "slices of 5 mm, thicker than 2.5 mm"),),

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from lungseg.dataset.stored_scans import StoredVolume, read_volume, write_volume
+from lungseg.dataset.stored_scans import StoredScan, read_scan, write_scan
 from lungseg.errors import DataError
 from lungseg.scan.volume import Geometry, Volume
 from lungseg.storage import open_store
@@ -19,11 +19,11 @@ KEY = "data/d/volumes/val/c.arrow"
 TILTED = ((0.6, 0.8, 0.0), (-0.8, 0.6, 0.0), (0.0, 0.0, 1.0))
 
 
-def scan(shape: tuple[int, int, int] = (5, 6, 7)) -> StoredVolume:
+def scan(shape: tuple[int, int, int] = (5, 6, 7)) -> StoredScan:
     rng = np.random.default_rng(1)
     hu = rng.integers(-1024, 3072, shape, dtype=np.int16)
-    mask = rng.choice(np.array([0, 1, 255], np.uint8), shape)
-    return StoredVolume(Volume(hu, Geometry(shape, (2.5, 0.1, 1 / 3), (-150.25, 1e-7, 300.0), TILTED)), mask)
+    numbers = rng.choice(np.array([0, 1, 2, 300, -1, -7], np.int16), shape)
+    return StoredScan(Volume(hu, Geometry(shape, (2.5, 0.1, 1 / 3), (-150.25, 1e-7, 300.0), TILTED)), numbers)
 
 
 @pytest.mark.parametrize("shape", [(5, 6, 7), (1, 6, 7), (1, 1, 1)])
@@ -33,19 +33,28 @@ def test_voxels_and_geometry_come_back_exactly(
 ) -> None:
     store = open_store(tmp_path if kind == "folder" else request.getfixturevalue("s3_uri"))
     written = scan(shape)
-    entry = write_volume(store, KEY, "c", written)
-    read = read_volume(store, entry)
+    entry = write_scan(store, KEY, "c", written)
+    read = read_scan(store, entry)
     assert (entry.case_id, entry.key, entry.bytes) == ("c", KEY, store.size(KEY))
     assert entry.sha256 == hashlib.sha256(store.get(KEY)).hexdigest()
     assert read.volume.geometry == written.volume.geometry
-    assert (read.volume.volume_hu.dtype, read.mask.dtype) == (np.int16, np.uint8)
+    assert (read.volume.volume_hu.dtype, read.numbers.dtype) == (np.int16, np.int16)
     np.testing.assert_array_equal(read.volume.volume_hu, written.volume.volume_hu)
-    np.testing.assert_array_equal(read.mask, written.mask)
+    np.testing.assert_array_equal(read.numbers, written.numbers)
+
+
+def test_the_mask_says_nodule_ignore_or_neither() -> None:
+    numbers = np.array([[[0, 1, 2, 300, -1, -7]]], np.int16)
+    found = StoredScan(
+        Volume(numbers, Geometry((1, 1, 6), (1.0, 1.0, 1.0), (0.0, 0.0, 0.0), TILTED)), numbers
+    )
+    assert found.mask.tolist() == [[[0, 1, 1, 1, 255, 255]]]
+    assert found.mask.dtype == np.uint8
 
 
 def test_the_same_scan_gives_the_same_bytes_and_plain_arrow_reads_them(tmp_path: Path) -> None:
     store = open_store(tmp_path)
-    assert write_volume(store, KEY, "c", scan()) == write_volume(store, KEY, "c", scan())
+    assert write_scan(store, KEY, "c", scan()) == write_scan(store, KEY, "c", scan())
     with pa.ipc.open_file(tmp_path / KEY) as reader:
         (image,) = reader.get_batch(0)["image"].to_numpy_ndarray()
         geometry = json.loads(reader.schema.metadata[b"geometry"])
@@ -56,10 +65,10 @@ def test_the_same_scan_gives_the_same_bytes_and_plain_arrow_reads_them(tmp_path:
 @pytest.mark.parametrize("damage", ["flip", "cut"])
 def test_changed_bytes_are_an_error_that_names_the_object(tmp_path: Path, damage: str) -> None:
     store = open_store(tmp_path)
-    entry = write_volume(store, KEY, "c", scan())
+    entry = write_scan(store, KEY, "c", scan())
     data = bytearray(store.get(KEY))
     data[len(data) // 2] ^= 1
     store.put(KEY, bytes(data) if damage == "flip" else bytes(data[:-1]))
-    with pytest.raises(DataError, match="volume-corrupt") as caught:
-        read_volume(store, entry)
+    with pytest.raises(DataError, match="scan-corrupt") as caught:
+        read_scan(store, entry)
     assert caught.value.where == {"key": KEY}

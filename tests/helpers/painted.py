@@ -56,14 +56,15 @@ def write_pairs(folder: Path, count: int, shape: tuple[int, int, int] = (14, 30,
 
 
 def labelled(shape: tuple[int, int, int], spacing_mm: tuple[float, float, float]) -> LabelledScan:
-    """A ball of 6 mm radius as nodule, one of 5 mm beside it to be ignored, where the two overlap both."""
+    """A ball of 6 mm radius as nodule, and one of 5 mm beside it to be ignored where it is no nodule."""
     grid = Geometry(shape, spacing_mm, (-30.0, 12.5, -400.0), AXIAL)
     centre = grid.to_lps_mm(np.subtract(shape, 1) / 2)
     mask, ignore = ball(grid, tuple(centre), 6), ball(grid, (*(centre[:2] + 7), centre[2]), 5)
     hu = np.full(shape, -800, np.int16)
     hu[mask == 1] = 50
     x, y, z = centre.tolist()
-    return LabelledScan(Volume(hu, grid), mask, ignore, (Nodule("n1", (x, y, z), 12.0, 4),))
+    numbers = np.where(mask, 1, -ignore.astype(np.int16)).astype(np.int16)
+    return LabelledScan(Volume(hu, grid), numbers, (Nodule("n1", (x, y, z), 12.0, 4),))
 
 
 def quiet(done: int, total: int) -> None:
@@ -76,3 +77,7 @@ def contents(store: Store) -> dict[str, bytes]:
 
 def times(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def of_data_sets(store: Store) -> dict[str, bytes]:
+    return {key: data for key, data in contents(store).items() if key.startswith("data/")}

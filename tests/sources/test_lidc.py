@@ -126,7 +126,7 @@ def test_mask_lies_where_the_readers_drew_and_other_marks_are_ignored(scan, tmp_
     y, x = np.argwhere(expected)[:, 1:].mean(axis=0) * scan.pixel_spacing
     np.testing.assert_allclose(nodule.centre_lps_mm, (x, y, z), atol=1e-3)
     volume_mm3 = expected.sum() * scan.pixel_spacing**2 * scan.slice_spacing
-    assert np.pi / 6 * nodule.diameter_mm**3 == pytest.approx(volume_mm3, rel=1e-4)
+    assert np.pi / 6 * nodule.equivalent_diameter_mm**3 == pytest.approx(volume_mm3, rel=1e-4)
 
 
 def test_small_or_little_marked_nodules_are_ignored_not_targets(scan, tmp_path):

@@ -89,10 +89,10 @@ def test_each_component_is_a_nodule_with_its_centre_and_the_diameter_of_a_ball(t
     scan = find_cases(tmp_path, label="any")[0].load()
     assert sorted(np.unique(scan.mask)) == [0, 1]
     assert not scan.ignore.any()
-    small, ball = sorted(scan.nodules, key=lambda nodule: nodule.diameter_mm)
-    assert ball.diameter_mm == pytest.approx(12, rel=0.03)
+    small, ball = sorted(scan.nodules, key=lambda nodule: nodule.equivalent_diameter_mm)
+    assert ball.equivalent_diameter_mm == pytest.approx(12, rel=0.03)
     assert ball.centre_lps_mm == pytest.approx((-50 + 30 * 0.5, 20 + 20 * 0.75, 7 + 10 * 2.0), abs=1e-4)
-    assert small.diameter_mm == pytest.approx((6 / math.pi * 2 * 0.75) ** (1 / 3))
+    assert small.equivalent_diameter_mm == pytest.approx((6 / math.pi * 2 * 0.75) ** (1 / 3))
     assert small.centre_lps_mm == pytest.approx((-49.25, 21.125, 10.0), abs=1e-4)
     assert {nodule.readers for nodule in scan.nodules} == {0}
     assert len({nodule.nodule_id for nodule in scan.nodules}) == 2
@@ -195,5 +195,5 @@ def test_real_lidc_nodules_go_through():
     for case in cases[::10]:
         scan = case.load()
         assert scan.volume.volume_hu.shape == scan.mask.shape == (51, 51, 51)
-        voxels = sum(math.pi / 6 * nodule.diameter_mm**3 for nodule in scan.nodules)
+        voxels = sum(math.pi / 6 * nodule.equivalent_diameter_mm**3 for nodule in scan.nodules)
         assert voxels == pytest.approx(int(scan.mask.sum()), rel=1e-4)  # spacing is 1 mm
