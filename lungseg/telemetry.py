@@ -241,9 +241,10 @@ def _lines(title: str, first: threading.Timer) -> Progress:
     def report(done: int, total: int) -> None:
         nonlocal last
         now = time.monotonic()
+        if done:
+            first.cancel()
         if not done or (done < total and now - last < 5):
             return
-        first.cancel()
         last = now
         left = (now - began) / done * (total - done)
         spent = f"{title}: {done}/{total}, {duration(now - began)}, about {duration(left)} left"
