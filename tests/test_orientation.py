@@ -123,7 +123,7 @@ def test_a_mark_goes_from_dicom_to_mask_at_the_same_patient_coordinate(
     place, half_voxel_mm = marked_series(tmp_path / "series", stored)
     volume = read_series(tmp_path / "series")
     found = segment(threshold, volume, RECIPE)
-    write(found, tmp_path / "out/case", run="r", checkpoint="1")
+    write(found, tmp_path / "out/case", scan="s", run="r", checkpoint="1")
 
     image = sitk.ReadImage(str(tmp_path / "out/case/mask.nii.gz"))
     indices_xyz = np.argwhere(sitk.GetArrayFromImage(image))[:, ::-1]
@@ -141,7 +141,7 @@ def test_a_mark_goes_from_dicom_to_mask_at_the_same_patient_coordinate(
 def test_the_mask_lies_on_the_series_as_itk_reads_it(stored: Stored, tmp_path: Path) -> None:
     marked_series(tmp_path / "series", stored)
     found = segment(threshold, read_series(tmp_path / "series"), RECIPE)
-    write(found, tmp_path / "out/case", run="r", checkpoint="1")
+    write(found, tmp_path / "out/case", scan="s", run="r", checkpoint="1")
     reader = sitk.ImageSeriesReader()
     reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(tmp_path / "series")))
     scan = reader.Execute()
