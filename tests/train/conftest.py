@@ -16,6 +16,7 @@ from lungseg.storage import Store, open_store
 SETTINGS = (
     "model.width=2",
     "model.depth=2",
+    "loss.reduction=sample",
     "optimizer.name=sgd",
     "optimizer.learning_rate=0.1",
     "optimizer.momentum=0.9",
@@ -26,7 +27,8 @@ SETTINGS = (
     "train.precision=float32",
 )
 """24 steps on the balls. SGD, since its update is linear in the gradient: Adam divides by the gradient's
-own size, and so turns the rounding of a gradient near 0 into a full step."""
+own size, and so turns the rounding of a gradient near 0 into a full step. A loss per sample, since that of a
+whole batch carries rounding on further: two workers' losses were 4e-5 apart after 24 steps."""
 
 
 @dataclass(frozen=True)
