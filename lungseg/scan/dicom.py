@@ -19,7 +19,7 @@ Fault -> behaviour (tests: tests/scan/test_dicom*.py):
   multi-frame (enhanced CT), colours                      "slice-not-2d"
   slope, intercept or position missing                    "rescale-missing", "geometry-missing"
   positions or pixels in metres or microns                "spacing-implausible"
-  RescaleType US or HU_MOD, values that are no HU         read; `Volume.not_hu` says why
+  RescaleType of other units, values that are no HU       read; `Volume.not_hu` says why
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ from lungseg.scan.volume import AIR_HU, Geometry, Volume, vector
 THREADS = 4
 IN_PLANE_TOLERANCE_MM = 0.1
 LATTICE_TOLERANCE = 0.1  # of the slice distance; positions are often written with few decimals
-OTHER_UNITS = {"OD", "US", "MGML", "Z_EFF", "ED", "EDW", "HU_MOD", "PCT"}  # PS3.3, C.11.1.1.2
+# PS3.3, C.11.1.1.2. US is "unspecified", as older scanners write; their values are judged like all others.
+HU_UNITS = {"", "HU", "HU_MOD", "US"}
+OTHER_UNITS = {"OD", "MGML", "Z_EFF", "ED", "EDW", "PCT"}
 GEOMETRY_TAGS = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")
 
 
@@ -206,8 +208,8 @@ def _stack(slices: list[_Slice]) -> Volume:
 
 
 def _other_unit(slices: list[_Slice]) -> str:
-    """What RescaleType says, unless it is HU or nothing."""
-    units = {one.unit for one in slices} - {"", "HU"}
+    """What RescaleType says, unless it may be HU."""
+    units = {one.unit for one in slices} - HU_UNITS
     if not units:
         return ""
     named = ", ".join(sorted(units & OTHER_UNITS)) or "another unit"  # a value of its own may say anything

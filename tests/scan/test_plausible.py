@@ -67,7 +67,14 @@ def test_padding_does_not_hide_that_1024_was_added():
 
 @pytest.mark.parametrize(
     ("unit", "said"),
-    [(None, ""), ("HU", ""), ("US", "says US"), ("HU_MOD", "says HU_MOD"), ("Doe^Jane", "says another unit")],
+    [
+        (None, ""),
+        ("HU", ""),
+        ("US", ""),
+        ("HU_MOD", ""),
+        ("OD", "says OD"),
+        ("Doe^Jane", "says another unit"),
+    ],
 )
 def test_a_series_in_another_unit_is_named_by_its_tag(tmp_path, unit, said):
     def change(number: int, dataset: Dataset) -> Any:
