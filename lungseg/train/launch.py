@@ -21,7 +21,7 @@ from lungseg.errors import LungsegError, RunError, StorageError
 from lungseg.exporter import Source, count_restart, pushing, start_exporter
 from lungseg.runs.best import Best
 from lungseg.runs.checkpoint import Checkpoints
-from lungseg.runs.fit import on_data
+from lungseg.runs.fit import check_fit, on_data
 from lungseg.runs.run import Mode, load_run, open_run, refuse_taken, run_exists
 from lungseg.storage import Store, keys
 from lungseg.storage.base import DISK_FULL
@@ -46,6 +46,7 @@ def train(store: Store, data: str, run: str, recipe: Recipe, mode: Mode = "fresh
     ended = _ended(store, run, manifest, recipe) if mode == "resume" else None
     if ended:
         return ended
+    check_fit(manifest, recipe, "train")  # told before Ray takes its seconds
     worker_resources(recipe.train, connect().nodes())  # a run that cannot start must not claim the name
     opened = open_run(store, run, manifest, recipe, mode)
     fit(store, keys.run_root(run), opened.attempt, manifest, recipe, init=opened.init)

@@ -10,7 +10,7 @@ from lungseg.cluster import connect
 from lungseg.config import Recipe, parse_recipe
 from lungseg.dataset.manifest import Manifest, load_manifest
 from lungseg.errors import LungsegError, RunError
-from lungseg.runs.fit import on_data
+from lungseg.runs.fit import check_fit, on_data
 from lungseg.runs.run import open_run, refuse_taken
 from lungseg.storage import Store, keys
 from lungseg.telemetry import log
@@ -27,6 +27,7 @@ def tune(store: Store, data: str, run: str, recipe: Recipe, trials: int) -> list
     manifest = load_manifest(store, data)
     recipe = on_data(recipe, manifest)
     refuse_taken(store, run, "fresh")
+    check_fit(manifest, recipe, "tune")
     worker_resources(recipe.train, connect().nodes())  # a run that cannot start must not claim the name
     attempt = open_run(store, run, manifest, recipe, "fresh", kind="tune").attempt
     root = keys.run_root(run)
