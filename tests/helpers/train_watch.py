@@ -10,19 +10,24 @@ def manifests(balls: Any, run: str) -> list[str]:
     return [item.key for item in balls.store.find(f"runs/{run}/") if item.key.endswith("/manifest.json")]
 
 
-def train_workers(below: int | None = None) -> set[int]:
-    """Processes of Ray Train workers below this one, or another: other sessions have theirs."""
+def actors(below: int | None = None) -> dict[int, str]:
+    """Class of each actor by its process, below this process or another: other sessions have theirs."""
     import psutil  # Ray's own copy
 
-    found = set()
+    found = {}
     for process in psutil.Process(below).children(recursive=True):
         try:
             # Ray names a busy actor Class.method, an idle one Class.
-            if process.cmdline()[0].startswith("ray::RayTrainWorker"):
-                found.add(process.pid)
+            kind, _, name = process.cmdline()[0].partition("::")
         except (psutil.Error, IndexError):
             continue  # it ended while we looked
+        if kind == "ray":
+            found[process.pid] = name.partition(".")[0]
     return found
+
+
+def train_workers(below: int | None = None) -> set[int]:
+    return {pid for pid, name in actors(below).items() if name == "RayTrainWorker"}
 
 
 def assert_same_end(balls: Any, run: str, undisturbed: str) -> None:
