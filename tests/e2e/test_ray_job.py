@@ -65,12 +65,13 @@ def test_a_submitted_training_job_succeeds_and_its_best_checkpoint_can_be_pulled
     common += ["--set", "data.patch.shape_zyx=[16,16,16]", "--set", "train.epochs=1"]
     here = ["--store", store, "--data", "balls", *common]
     train = ["python", str(ROOT / "jobs" / "train.py"), *here, "--run", "job"]
-    for attempt in range(30):
+    not_yet = ("Failed to connect", "No available agent")  # the dashboard answers before a node can run jobs
+    for attempt in range(60):
         done = subprocess.run(
             [RAY, "job", "submit", "--submission-id", "first", "--", *train],
             env=head, capture_output=True, text=True, timeout=300, cwd=ROOT,
         )  # fmt: skip
-        if "Failed to connect" not in done.stderr + done.stdout or attempt == 29:
+        if not any(words in done.stderr + done.stdout for words in not_yet) or attempt == 59:
             break
         time.sleep(1)
     shown = subprocess.run(
