@@ -6,13 +6,19 @@ sizes must not meet in one process.
 
 from __future__ import annotations
 
+import json
+import os
+import secrets
 import subprocess
 import sys
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
+from helpers.servers import free_ports
 
 from lungseg.config import LossName
 
@@ -27,7 +33,7 @@ SETTINGS = (
 )  # fmt: skip
 
 HEAD = """
-import sys
+import os, sys
 import numpy as np, tensorflow as tf
 from lungseg.config import LossConfig, load_recipe
 from lungseg.model.losses import Loss
@@ -37,7 +43,8 @@ from lungseg.train.strategy import make_strategy
 from test_replicas import LOSSES, SETTINGS, STEPS
 devices, out = int(sys.argv[1]), sys.argv[2]
 divided = f"train.logical_cpu_devices={devices}"
-strategy = make_strategy(load_recipe(None, [*SETTINGS, divided]), 1, None)
+workers = 2 if "TF_CONFIG" in os.environ else 1
+strategy = make_strategy(load_recipe(None, [*SETTINGS, divided, f"train.workers={workers}"]), workers, None)
 random, found = np.random.default_rng(0), {}
 mask = random.choice([0, 1, 255], (4, 8, 8, 8), p=[0.6, 0.3, 0.1]).astype(np.uint8)
 mask[1], mask[2, :6] = 0, 255  # so that no two replicas see alike
@@ -54,7 +61,7 @@ def each_loss(mine, labels, total):
         yield value, tape.gradient(value, mine)
 
 def replica():
-    share = 4 // devices
+    share = 4 // strategy.num_replicas_in_sync
     first = tf.distribute.get_replica_context().replica_id_in_sync_group * share
     mine, labels = (tf.constant(a)[first : first + share] for a in (logits, mask[..., None]))
     return list(each_loss(mine, labels, over_replicas))
@@ -63,9 +70,10 @@ expected = each_loss(tf.constant(logits), tf.constant(mask[..., None]), tf.ident
 parts = tf.function(lambda: strategy.run(replica))()
 for name, alone, (values, gradients) in zip(LOSSES, expected, parts, strict=True):
     values, gradients = map(strategy.experimental_local_results, (values, gradients))
-    found["/".join((*name, "loss"))] = [alone[0], sum(map(float, values))]
-    found["/".join((*name, "gradient"))] = [alone[1], np.concatenate([part.numpy() for part in gradients])]
-np.savez(out, **found)
+    found["/".join((*name, "loss"))] = alone[0], sum(map(float, values))
+    gradient = np.concatenate([part.numpy() for part in gradients])
+    found["/".join((*name, "gradient"))] = alone[1], gradient
+np.savez(out, **{f"{name}/{one}": both[one] for name, both in found.items() for one in (0, 1)})
 """
 STEP = """
 image = (np.where(mask == 1, 0, -800) + random.normal(0, 50, mask.shape)).astype(np.int16)
@@ -78,10 +86,14 @@ np.savez(out, **found)
 """
 
 
-def run(script: str, devices: int, folder: Path) -> dict[str, np.ndarray]:
-    out = folder / f"{devices}.npz"
+def run(script: str, devices: int, folder: Path, environment: Mapping[str, str] | None = None) -> Any:
+    """A process with so many devices of each worker; the file that it writes its arrays to."""
+    out = folder / f"{devices}{secrets.token_hex(4)}.npz"
     command = [sys.executable, "-c", HEAD + script, str(devices), str(out)]
-    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), **(environment or {})}
+    done = subprocess.run(
+        command, cwd=Path(__file__).parent, env=env, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return dict(np.load(out))
 
@@ -91,9 +103,24 @@ def run(script: str, devices: int, folder: Path) -> dict[str, np.ndarray]:
 def test_no_loss_nor_its_gradient_depends_on_the_number_of_replicas(devices: int, tmp_path: Path) -> None:
     """Of every name and reduction, by the gradient at each voxel."""
     found = run(LOSS, devices, tmp_path)
-    assert len(found) == 2 * len(LOSSES) == 28
-    for name, (alone, together) in found.items():
+    assert len(found) == 4 * len(LOSSES) == 56
+    for name in (name.removesuffix("/0") for name in found if name.endswith("/0")):
+        alone, together = found[f"{name}/0"], found[f"{name}/1"]
         assert np.abs(alone).max() > 1e-4
+        np.testing.assert_allclose(together, alone, rtol=1e-5, atol=1e-8, err_msg=name)
+
+
+@pytest.mark.slow
+def test_nor_on_that_of_workers(tmp_path: Path) -> None:
+    """Two processes that meet over the network; each tells its own part."""
+    cluster = {"worker": [f"127.0.0.1:{port}" for port in free_ports(2)]}
+    tasks = [{"cluster": cluster, "task": {"type": "worker", "index": index}} for index in (0, 1)]
+    with ThreadPoolExecutor(2) as pool:
+        parts = [pool.submit(run, LOSS, 1, tmp_path, {"TF_CONFIG": json.dumps(task)}) for task in tasks]
+        first, second = (part.result() for part in parts)
+    for name in (name.removesuffix("/0") for name in first if name.endswith("/0")):
+        alone, mine, other = first[f"{name}/0"], first[f"{name}/1"], second[f"{name}/1"]
+        together = mine + other if name.endswith("loss") else np.concatenate([mine, other])
         np.testing.assert_allclose(together, alone, rtol=1e-5, atol=1e-8, err_msg=name)
 
 
