@@ -62,7 +62,7 @@ def test_a_submitted_training_job_succeeds_and_its_best_checkpoint_can_be_pulled
     store = str(tmp_path / "store")
     write_balls(open_store(store))
     common = ["--set", "train.global_batch=2", "--set", "model.width=2", "--set", "model.depth=2"]
-    common += ["--set", "data.patch.shape_zyx=[16,16,16]", "--set", "train.epochs=1"]
+    common += ["--set", "train.epochs=1"]
     here = ["--store", store, "--data", "balls", *common]
     train = ["python", str(ROOT / "jobs" / "train.py"), *here, "--run", "job"]
     not_yet = ("Failed to connect", "No available agent")  # the dashboard answers before a node can run jobs
