@@ -38,7 +38,7 @@ def test_a_killed_job_goes_on_where_it_died_and_gives_the_same_data_set(
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
     try:
-        until = time.monotonic() + 100
+        until = time.monotonic() + 300
         while not list(kept.glob("*.json")):
             assert process.poll() is None, (tmp_path / "log").read_text()
             assert time.monotonic() < until
