@@ -204,7 +204,7 @@ def test_a_folder_shows_no_half_written_object(tmp_path: Path, monkeypatch: pyte
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full_disk)
-    with pytest.raises(StorageError, match="store-unreachable"):
+    with pytest.raises(StorageError, match="store-full"):
         store.put("k", b"new")
     assert store.get("k") == b"old"
     assert [path.name for path in tmp_path.iterdir()] == ["k"]
