@@ -78,7 +78,7 @@ def test_more_and_less_is_said(
     ],
 )
 def test_no_locale_lacks_the_letters_of_a_path(name: str, locale: dict[str, str], tmp_path: Path) -> None:
-    (tmp_path / name).mkdir()
-    done = lungseg("ids", str(tmp_path / name), **locale)
+    (tmp_path / f"{name}.nii.gz").touch()
+    done = lungseg("ids", str(tmp_path / f"{name}.nii.gz"), **locale)
     assert done.returncode == 0, done.stderr
     assert "\\x" in done.stdout or "\\u" in done.stdout
