@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from lungseg.errors import ConfigError
-from lungseg.telemetry import log, relay, waiting
+from lungseg.telemetry import Relay, log, waiting
 
 # Read when Ray is imported. Under `uv run`, Ray would ship the working folder and build a second
 # virtual environment for its workers; ours have the same one already.
@@ -29,6 +29,13 @@ _ANSWER_SECONDS = 12.0
 worker_lines = ExitStack()
 """Shows what workers on this machine log; closed at the end, or earlier by who wants the last word."""
 atexit.register(worker_lines.close)
+_relays: list[Relay] = []
+
+
+def show_worker_lines() -> None:
+    """Show now what workers on this machine have logged till now."""
+    for one in _relays:
+        one.catch_up()
 
 
 def connect() -> Any:
@@ -52,7 +59,8 @@ def connect() -> Any:
     log("cluster")  # our own logger is bound to standard error before the variable is set for the workers
     handle, path = tempfile.mkstemp(prefix="lungseg-", suffix=".log")
     os.close(handle)
-    worker_lines.callback(relay(path))
+    _relays.append(Relay(path).start())
+    worker_lines.callback(_relays[-1].end)
     os.environ["LUNGSEG_LOG_FILE"] = path
     try:
         with waiting("starting Ray", 10):

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache
-from typing import Any, TextIO
+from typing import Any, Self, TextIO
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -123,18 +123,39 @@ def log_wait(title: str, about_seconds: float) -> None:
 _WAIT = re.compile(r"\S+ INFO lungseg\.wait: (?P<title>.+), about (?P<seconds>\d+) s\n")
 
 
-def relay(path: str) -> Callable[[], None]:
-    """Copy what is appended to a log file to standard error, from a daemon thread.
+class Relay:
+    """Copies what is appended to a log file to standard error, from a daemon thread that `start` begins."""
 
-    Returns the function that ends this: it copies the rest and removes the file.
-    """
-    ended = threading.Event()
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._ended = threading.Event()
+        self._passed = threading.Condition()
+        self._passes = 0
+        self._thread = threading.Thread(target=self._follow, name="lungseg-log-relay", daemon=True)
 
-    def follow() -> None:
-        with open(path, encoding="utf-8", errors="replace") as file, ExitStack() as bar:
+    def start(self) -> Self:
+        self._thread.start()
+        return self
+
+    def catch_up(self) -> None:
+        """Wait until everything is copied that the file holds now."""
+        with self._passed:
+            whole = self._passes + 2  # the pass under way may have read already
+            self._passed.wait_for(lambda: self._passes >= whole or not self._thread.is_alive(), timeout=5)
+
+    def end(self) -> None:
+        """Copy the rest and remove the file."""
+        self._ended.set()
+        self._thread.join(timeout=5)
+        os.unlink(self._path)
+
+    def _follow(self) -> None:
+        with open(self._path, encoding="utf-8", errors="replace") as file, ExitStack() as bar:
             last = False
             while not last:
-                last = ended.wait(0.2)  # asked before reading, so that nothing written till then is lost
+                last = self._ended.wait(
+                    0.2
+                )  # asked before reading, so that nothing written till then is lost
                 for line in file.readlines():
                     bar.close()
                     wait = _WAIT.fullmatch(line) if sys.stderr.isatty() else None
@@ -143,16 +164,9 @@ def relay(path: str) -> Callable[[], None]:
                     else:
                         sys.stderr.write(line)
                 sys.stderr.flush()
-
-    thread = threading.Thread(target=follow, name="lungseg-log-relay", daemon=True)
-    thread.start()
-
-    def end() -> None:
-        ended.set()
-        thread.join(timeout=5)
-        os.unlink(path)
-
-    return end
+                with self._passed:
+                    self._passes += 1
+                    self._passed.notify_all()
 
 
 @contextmanager

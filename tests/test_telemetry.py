@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lungseg.errors import DataError
-from lungseg.telemetry import progress, quiet_tensorflow, relay
+from lungseg.telemetry import Relay, progress, quiet_tensorflow
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -30,10 +30,10 @@ def test_the_relay_loses_no_line_at_the_end_and_leaves_no_file(tmp_path: Path) -
     path = tmp_path / "workers.log"
     code = f"""
 import atexit, pathlib
-from lungseg.telemetry import relay
+from lungseg.telemetry import Relay
 path = pathlib.Path({str(path)!r})
 path.touch()
-atexit.register(relay(str(path)))
+atexit.register(Relay(str(path)).start().end)
 with path.open("a") as file:
     file.writelines(f"line {{i}}\\n" for i in range(5000))
 """
@@ -45,11 +45,28 @@ with path.open("a") as file:
 def test_the_relay_copies_while_it_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "log"
     path.write_text("first\n")
-    end = relay(str(path))
+    relay = Relay(str(path)).start()
     with path.open("a") as file:
         file.write("second\n")
-    end()
+    relay.end()
+    relay.catch_up()  # which has nothing more to wait for
     assert capsys.readouterr().err == "first\nsecond\n"
+
+
+def test_who_waits_for_the_relay_has_the_last_word(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "log"
+    path.touch()
+    relay = Relay(str(path)).start()
+    for number in range(3):
+        with path.open("a") as file:
+            file.write(f"worker {number}\n")
+        relay.catch_up()
+        print(f"driver {number}", file=sys.stderr)
+    relay.end()
+    said = [f"{who} {number}" for number in range(3) for who in ("worker", "driver")]
+    assert capsys.readouterr().err.splitlines() == said
 
 
 def test_log_lines_go_to_standard_error_or_to_the_workers_file(tmp_path: Path) -> None:
@@ -146,12 +163,12 @@ import os, sys, time
 from lungseg import telemetry
 path = os.environ["LUNGSEG_LOG_FILE"]
 open(path, "w").close()
-end = telemetry.relay(path)
+relay = telemetry.Relay(path).start()
 telemetry.log("train").info("3 workers")
 telemetry.log_wait("building the graph", 15)
 time.sleep(0.6)
 telemetry.log("train").info("epoch 1")
-end()
+relay.end()
 """
 
 

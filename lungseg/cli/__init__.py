@@ -12,7 +12,7 @@ import typer
 from lungseg.cli import data, machine, segmenting, settings, training  # noqa: F401
 from lungseg.cli.app import app
 from lungseg.cli.ends import INTERRUPTED, end, unexpected
-from lungseg.cluster import worker_lines
+from lungseg.cluster import show_worker_lines, worker_lines
 from lungseg.errors import LungsegError
 
 
@@ -34,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         end(f"{error.format_message().rstrip('.')}. Remedy: see `{verb} --help`", 2)
     except Exception as error:
         ours = LungsegError.find_in(error)
+        show_worker_lines()  # whose copies come a moment late, and the last line is to name the cause
         end(str(ours) if ours else unexpected(error), 2 if ours else 1)
     if code == INTERRUPTED:  # which Typer makes of KeyboardInterrupt
         worker_lines.close()  # workers that still live would have the last word

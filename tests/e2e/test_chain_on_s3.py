@@ -178,6 +178,6 @@ def test_real_lidc_nodules_go_through_prepare_pairs(
         "prepare", "pairs", real_data / "lidc_crops", "--store", s3_uri, "--data", "crops", *small
     )
     counts = {line.split(":")[0].strip(): line for line in shown.splitlines()}
-    assert "65 scans, 65 nodules, 130 patches" in counts["train"]
+    assert "65 scans, 65 patients, 65 nodules, 130 patches" in counts["train"]
     assert "19 scans" in counts["val"]
     assert "10 scans" in counts["test"]
