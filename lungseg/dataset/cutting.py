@@ -30,6 +30,8 @@ from lungseg.storage import Store, keys, to_json
 
 WORK_FORMAT = 5
 """Of what is kept of a scan: that of another version is not read."""
+DRAW = 3
+"""Of the choice of patches: another number draws all of them anew, as a new format alone must not."""
 T = TypeVar("T", "Cut", StoredScanEntry)
 
 
@@ -135,7 +137,7 @@ def cut_patches(case_id: str, scan: LabelledScan, stored: StoredScan, config: Pa
     """The training patches of one scan; deterministic in the case id and the settings."""
     volume: Volume = stored.volume
     centres = [(n.nodule_id, vector(volume.geometry.to_index_zyx(n.centre_lps_mm))) for n in scan.nodules]
-    seed = int(fingerprint([config.seed, case_id])[:15], 16)
+    seed = int(hashlib.sha256(to_json([DRAW, [config.seed, case_id]])).hexdigest()[:15], 16)
     mask = stored.mask
     sites = patches.select_sites(mask, lung_mask(volume), volume.volume_hu, centres, config, seed)
     return [

@@ -94,3 +94,16 @@ def test_a_volume_is_copied_from_another_data_set_unless_it_is_damaged(tmp_path:
     third = prepare_scan(store, "third", case, "val", config).held_out
     assert third is not None
     assert store.get(third.key) == whole
+
+
+def test_the_choice_of_patches_is_the_same_for_ever() -> None:
+    """By the settings' seed and the case id alone: a new format of storage does not draw them anew."""
+    scan = labelled((40, 40, 40), (1.0, 1.0, 1.0))
+    found = cut_patches("c", scan, to_grid(scan, (1.0, 1.0, 1.0)), SMALL)
+    centres = [patch.centre_lps_mm for patch in found if patch.stratum == "nodule"]
+    assert centres == [
+        (-12.0, 30.5, -377.0),
+        (-13.0, 36.5, -383.0),
+        (-8.0, 28.5, -383.0),
+        (-8.0, 34.5, -382.0),
+    ]
