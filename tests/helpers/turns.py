@@ -15,9 +15,10 @@ _GATE, _TURN = Path(__file__), Path(__file__).parents[1] / "conftest.py"
 
 def group(item: pytest.Item) -> str:
     """Tests of one group run one after the other in one process, which so starts its Ray once, or what a
-    file's own fixtures hold. A test that nothing may disturb comes after those that do not mind."""
+    file's own fixtures hold. There are two groups with a Ray, so that two cores have each their own. A test
+    that nothing may disturb comes after those that do not mind."""
     if "ray_cluster" in getattr(item, "fixturenames", ()):
-        return "ray"
+        return "ray-train" if item.path.parent.name in ("train", "tune") else "ray"
     return "alone" if is_alone(item) else item.path.stem
 
 
@@ -27,7 +28,7 @@ def is_alone(item: pytest.Item) -> bool:
 
 def in_turn(items: list[pytest.Item]) -> list[pytest.Item]:
     """Ray's tests begin, since they take longest; those that run alone end, when least waits for them."""
-    return sorted(items, key=lambda item: (group(item) != "ray", is_alone(item)))
+    return sorted(items, key=lambda item: (not group(item).startswith("ray"), is_alone(item)))
 
 
 @contextmanager
