@@ -178,7 +178,7 @@ def quiet_tensorflow() -> Iterator[None]:
     or somebody asked for more log (`-v`).
     """
     if log("tensorflow").isEnabledFor(logging.DEBUG):
-        with waiting("importing TensorFlow", 10):
+        with waiting("importing TensorFlow", 10), lean_keras():
             yield
         return
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -187,7 +187,7 @@ def quiet_tensorflow() -> Iterator[None]:
         os.dup2(notices.fileno(), 2)
         shown = b""
         try:
-            with waiting("importing TensorFlow", 10, terminal):
+            with waiting("importing TensorFlow", 10, terminal), lean_keras():
                 yield
         except LungsegError:
             raise
@@ -199,6 +199,20 @@ def quiet_tensorflow() -> Iterator[None]:
         finally:
             os.dup2(terminal.fileno(), 2)
             os.write(2, shown)
+
+
+@contextmanager
+def lean_keras() -> Iterator[None]:
+    """For the first import of Keras, which takes matplotlib and pandas along wherever they are installed:
+    two of its ten seconds, for functions that nothing here calls. Whoever needs them imports them later."""
+    modules: dict[str, Any] = sys.modules
+    absent = {"matplotlib", "pandas"} - modules.keys()
+    modules.update(dict.fromkeys(absent))  # None: as if it were not installed
+    try:
+        yield
+    finally:
+        for name in absent:
+            del modules[name]
 
 
 @contextmanager

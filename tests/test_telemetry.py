@@ -132,6 +132,22 @@ def on_a_terminal(code: str, **environment: str) -> str:
 WAITS = "import time; from lungseg.telemetry import waiting\nwith waiting('starting Ray', 9): time.sleep({})"
 
 
+def test_plotting_is_not_installed_for_keras_and_is_for_others() -> None:
+    code = """
+import sys
+from lungseg.telemetry import lean_keras
+with lean_keras():
+    try:
+        import pandas
+    except ImportError as error:
+        print(error.name, "is not there")
+import pandas
+with lean_keras():
+    assert sys.modules["pandas"] is pandas
+"""
+    assert run(code).stdout == "pandas is not there\n"
+
+
 def test_a_wait_is_one_line_in_a_log_and_none_if_it_is_short() -> None:
     assert run(WAITS.format(2.5)).stderr == "starting Ray, about 9 s\n"
     assert run(WAITS.format(0.1)).stderr == ""

@@ -25,7 +25,7 @@ from lungseg.runs.fit import check_fit, on_data
 from lungseg.runs.run import Mode, load_run, open_run, refuse_taken, run_exists
 from lungseg.storage import Store, keys
 from lungseg.storage.base import DISK_FULL
-from lungseg.telemetry import GROUP_METRICS, WORKER_METRICS, log, log_wait
+from lungseg.telemetry import GROUP_METRICS, WORKER_METRICS, lean_keras, log, log_wait
 from lungseg.train.job import Job, Session
 from lungseg.train.notice import heed_sigterm, was_asked
 from lungseg.train.resources import worker_resources
@@ -249,7 +249,8 @@ def _worker(config: dict[str, Any]) -> None:
     context = ray.train.get_context()
     if context.get_world_rank() == 0:
         log_wait("importing TensorFlow", 10)
-    from lungseg.train.loop import run_worker
+    with lean_keras():
+        from lungseg.train.loop import run_worker
 
     group = ray.get_runtime_context().get_placement_group_id()  # of all workers; tuning frees it
     job: Job = config["job"]
