@@ -65,6 +65,17 @@ def test_half_precision_in_and_out_with_statistics_in_float32(dtype: str) -> Non
     np.testing.assert_allclose(tf.cast(found, tf.float32), expected, atol=0.04)
 
 
+@pytest.mark.parametrize(("channels", "computed_in"), [(8, tf.float32), (16, tf.bfloat16), (24, tf.float32)])
+def test_bfloat16_is_computed_in_where_the_processor_has_a_kernel_for_it(
+    channels: int, computed_in: tf.DType
+) -> None:
+    norm = InstanceNorm(dtype="mixed_bfloat16")
+    traced = tf.function(norm).get_concrete_function(tf.TensorSpec((2, 4, 4, 4, channels), tf.bfloat16))
+    kernels = [op for op in traced.graph.get_operations() if op.type == "FusedBatchNormV3"]
+    assert [op.inputs[0].dtype for op in kernels] == [computed_in] * 2
+    assert traced.output_dtypes == tf.bfloat16
+
+
 def test_it_is_saved_and_loaded_with_its_epsilon() -> None:
     norm = InstanceNorm(epsilon=0.1)
     assert keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(norm)).epsilon == 0.1
