@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +35,15 @@ from lungseg.storage import open_store  # noqa: E402
 from lungseg.storage.keys import data_manifest  # noqa: E402
 from lungseg.train.launch import train  # noqa: E402
 
-SHAPES = ((64, 2), (96, 1))
-PRECISIONS = ("float32", "bfloat16")
+CONTESTS = ((64, 2, 16, 4), (96, 1, 16, 4), (48, 2, 8, 5), (40, 4, 8, 4), (96, 1, 32, 5))
+"""Voxels of a patch's side, patches, channels of the first level, levels: the defaults, larger patches, and
+the recipe for crops, the demo's, and the recipe for whole scans (one replica's share of it)."""
+PRECISIONS, PAIR = ("float32", "bfloat16"), ("lungseg", "torch")
 
 
-def measure(python: str, name: str, side: int, batch: int, precision: str, steps: int) -> float:
+def measure(python: str, name: str, contest: tuple[int, ...], precision: str, steps: int) -> float:
     """Median seconds of a step."""
-    command = [python, str(HERE / "step_contestants.py"), name, str(side), str(batch), precision, str(steps)]
+    command = [python, str(HERE / "step_contestants.py"), name, *map(str, contest), precision, str(steps)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{name} failed: {done.stderr[-2000:]}")
@@ -48,22 +51,29 @@ def measure(python: str, name: str, side: int, batch: int, precision: str, steps
 
 
 def compare(peer_python: str, rounds: int, steps: int) -> None:
-    print("| patches | precision | lungseg s | PyTorch s | ratio | share of a convolution's peak |")
-    print("|---|---|--:|--:|--:|--:|", flush=True)
-    for side, batch in SHAPES:
-        for precision in PRECISIONS:
-            found: dict[str, list[float]] = {"lungseg": [], "torch": [], "peak": []}
-            for _ in range(rounds):
-                for name, seconds in found.items():
-                    python = peer_python if name == "torch" else sys.executable
-                    seconds.append(measure(python, name, side, batch, precision, steps))
-            ours, theirs, one = (statistics.median(found[name]) for name in ("lungseg", "torch", "peak"))
-            ratios = [a / b for a, b in zip(found["lungseg"], found["torch"], strict=True)]
-            rate = 2 * 27 * 32 * 32 * batch * (side // 2) ** 3 / one
+    """Each contest in both precisions, then both contestants in the precision that is faster for each."""
+    print("| patches | width | levels | precision | lungseg s | PyTorch s | ratio | share of the peak |")
+    print("|---|--:|--:|---|--:|--:|--:|--:|", flush=True)
+    for contest in CONTESTS:
+        side, batch, width, depth = contest
+        seconds: dict[tuple[str, str], list[float]] = {}
+        for _ in range(rounds):
+            for name, precision in product(("lungseg", "torch", "peak"), PRECISIONS):
+                python = peer_python if name == "torch" else sys.executable
+                one = measure(python, name, contest, precision, steps)
+                seconds.setdefault((name, precision), []).append(one)
+        for ours, theirs in [(precision, precision) for precision in PRECISIONS] + [
+            tuple(min(PRECISIONS, key=lambda one: statistics.median(seconds[name, one])) for name in PAIR)
+        ]:
+            found, peer = seconds["lungseg", ours], seconds["torch", theirs]
+            ratios = [a / b for a, b in zip(found, peer, strict=True)]
+            rate = 2 * 27 * 32 * 32 * batch * (side // 2) ** 3 / statistics.median(seconds["peak", ours])
             print(
-                f"| {batch} x {side}^3 | {precision} | {ours:.3f} | {theirs:.3f} "
+                f"| {batch} x {side}^3 | {width} | {depth} "
+                f"| {ours if ours == theirs else f'fastest: {ours}, {theirs}'} "
+                f"| {statistics.median(found):.3f} | {statistics.median(peer):.3f} "
                 f"| {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) "
-                f"| {flops(side, batch) / ours / rate:.0%} |",
+                f"| {flops(*contest) / statistics.median(found) / rate:.0%} |",
                 flush=True,
             )
 

@@ -1,10 +1,11 @@
 """One contestant of `step.py` in a process of its own: prints the seconds of each of its training steps.
 
-    python step_contestants.py lungseg|torch|peak SIDE BATCH float32|bfloat16 STEPS
+    python step_contestants.py lungseg|torch|peak SIDE BATCH WIDTH DEPTH float32|bfloat16 STEPS
 
-Run by the interpreter that has the contestant's framework. Both train the same plain U-Net (4 levels of 16 to
-128 channels, strided convolutions down, instance norm, leaky ReLU) on Dice and cross-entropy with AdamW and
-clipped gradients, without augmentation, on two threads. "peak" prints the FLOP/s of one convolution.
+Run by the interpreter that has the contestant's framework. Both train the same plain U-Net (DEPTH levels,
+WIDTH channels at the first and twice as many at each next, strided convolutions down, instance norm, leaky
+ReLU) on Dice and cross-entropy with AdamW and clipped gradients, without augmentation, on two threads.
+"peak" is one convolution.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-WIDTH, DEPTH, THREADS = 16, 4, 2
+THREADS = 2
+MAX_WIDTH = 320
 PLAIN = (
     "augment.flips=false", "augment.turns=false", "augment.warp_share=0", "augment.noise_hu=0",
     "augment.blur_share=0", "augment.brightness_hu=0", "augment.contrast=0", "augment.gamma=0",
@@ -32,7 +34,7 @@ def patches(side: int, batch: int) -> tuple[np.ndarray, np.ndarray]:
     return (np.where(mask, 0, -800) + random.normal(0, 60, mask.shape)).astype(np.int16), mask
 
 
-def lungseg(side: int, batch: int, precision: str) -> Callable[[], float]:
+def lungseg(side: int, batch: int, width: int, depth: int, precision: str) -> Callable[[], float]:
     from lungseg.config import load_recipe
     from lungseg.model.precision import set_precision
     from lungseg.stream.patch_stream import Batch
@@ -41,7 +43,7 @@ def lungseg(side: int, batch: int, precision: str) -> Callable[[], float]:
 
     policy = {"float32": "float32", "bfloat16": "mixed_bfloat16"}[precision]
     recipe = load_recipe(None, [
-        f"model.width={WIDTH}", f"model.depth={DEPTH}", "model.downsampling=stride",
+        f"model.width={width}", f"model.depth={depth}", "model.downsampling=stride",
         f"train.global_batch={batch}", f"train.precision={policy}", *PLAIN,
     ])  # fmt: skip
     strategy = make_strategy(recipe, 1, THREADS)
@@ -51,16 +53,16 @@ def lungseg(side: int, batch: int, precision: str) -> Callable[[], float]:
     return lambda: float(stepper.train(stepper.distribute(Batch(0, 0, image_hu, mask))).loss)
 
 
-def torch(side: int, batch: int, precision: str) -> Callable[[], float]:
+def torch(side: int, batch: int, width: int, depth: int, precision: str) -> Callable[[], float]:
     import torch
     from monai.losses import DiceCELoss
     from monai.networks.nets import DynUNet
 
     torch.set_num_threads(THREADS)
-    filters = [WIDTH * 2**level for level in range(DEPTH)]
-    strides = [1] + [2] * (DEPTH - 1)
+    filters = levels(width, depth)
+    strides = [1] + [2] * (depth - 1)
     norm = ("INSTANCE", {"affine": True})
-    network = DynUNet(3, 1, 1, [3] * DEPTH, strides, strides[1:], filters=filters, norm_name=norm)
+    network = DynUNet(3, 1, 1, [3] * depth, strides, strides[1:], filters=filters, norm_name=norm)
     network = network.to(memory_format=torch.channels_last_3d)
     optimizer, loss_of = torch.optim.AdamW(network.parameters(), 1e-3), DiceCELoss(sigmoid=True)
     image_hu, mask = patches(side, batch)
@@ -81,7 +83,7 @@ def torch(side: int, batch: int, precision: str) -> Callable[[], float]:
     return step
 
 
-def peak(side: int, batch: int, precision: str) -> Callable[[], float]:
+def peak(side: int, batch: int, width: int, depth: int, precision: str) -> Callable[[], float]:
     """A convolution of 32 to 32 channels, which these kernels like best."""
     import tensorflow as tf
 
@@ -94,24 +96,29 @@ def peak(side: int, batch: int, precision: str) -> Callable[[], float]:
     return lambda: float(convolve())
 
 
-def flops(side: int, batch: int) -> int:
+def levels(width: int, depth: int) -> list[int]:
+    """Channels of each level, as both build them."""
+    return [min(width * 2**level, MAX_WIDTH) for level in range(depth)]
+
+
+def flops(side: int, batch: int, width: int, depth: int) -> int:
     """Multiplications and additions of one step's convolutions: forward, and twice as many backward."""
-    total, voxels = 0, [batch * (side // 2**level) ** 3 for level in range(DEPTH)]
-    widths = [WIDTH * 2**level for level in range(DEPTH)]
-    for level, (count, width) in enumerate(zip(voxels, widths, strict=True)):
+    voxels = [batch * (side // 2**level) ** 3 for level in range(depth)]
+    widths, total = levels(width, depth), 0
+    for level, (count, channels) in enumerate(zip(voxels, widths, strict=True)):
         into = widths[level - 1] if level else 1
-        total += 27 * count * (into * width + width * width)
-        if level < DEPTH - 1:
-            total += 27 * count * (2 * width * width + width * width)  # the decoder's two
-            total += count * width * widths[level + 1]  # up: each voxel is written once
-    return 3 * 2 * (total + voxels[0] * WIDTH)
+        total += 27 * count * (into * channels + channels * channels)
+        if level < depth - 1:
+            total += 27 * count * (2 * channels * channels + channels * channels)  # the decoder's two
+            total += count * channels * widths[level + 1]  # up: each voxel is written once
+    return 3 * 2 * (total + voxels[0] * width)
 
 
 def main() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
-    name, side, batch, precision, steps = sys.argv[1:]
-    step = {"lungseg": lungseg, "torch": torch, "peak": peak}[name](int(side), int(batch), precision)
+    name, *contest, precision, steps = sys.argv[1:]
+    step = {"lungseg": lungseg, "torch": torch, "peak": peak}[name](*map(int, contest), precision)
     for _ in range(3):
         step()
     seconds = []
