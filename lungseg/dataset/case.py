@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from lungseg.errors import DataError
-from lungseg.scan.volume import Volume
+from lungseg.scan.volume import Geometry, Volume, vector
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,10 @@ class Nodule:
     """A nodule of the reference: `equivalent_diameter_mm` is that of a ball of the same volume.
 
     Where readers' outlines are known, `reader_dice` is the mean over all pairs of readers, and
-    `mean_reader_diameter_mm` the mean of their longest axial diameters, which LUNA16 uses; `texture` is the
-    mean rating from 1 (ground glass) to 5 (solid).
+    `mean_reader_diameter_mm` the mean of their longest axial diameters, which LUNA16 uses. `texture` is the
+    mean rating from 1 (ground glass) to 5 (solid), `subtlety` that from 1 (extremely subtle) to 5 (obvious),
+    `calcification` the most frequent kind from 1 (popcorn) to 6 (absent). A region to ignore is described in
+    the same way.
     """
 
     nodule_id: str
@@ -30,6 +32,34 @@ class Nodule:
     reader_dice: float | None = None
     mean_reader_diameter_mm: float | None = None
     texture: float | None = None
+    subtlety: float | None = None
+    calcification: int | None = None
+
+    @staticmethod
+    def from_json(tree: dict[str, Any]) -> Nodule:
+        return Nodule(**{**tree, "centre_lps_mm": vector(tree["centre_lps_mm"])})
+
+
+@dataclass(frozen=True)
+class Outlines:
+    """What each reader enclosed of one thing: bool [reader, z, y, x] of that part of the scan's grid whose
+    first voxel is `first_zyx`. Readers are anonymous: the first need not be the same person elsewhere."""
+
+    first_zyx: tuple[int, int, int]
+    masks: np.ndarray
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Whose each voxel of a grid is, and what is known of each: `numbers` as in `LabelledScan`,
+    `nodules[n - 1]` is nodule n, `regions[n - 1]` the n-th region to ignore. `outlines` are by number, and
+    empty where no readers are known."""
+
+    geometry: Geometry
+    numbers: np.ndarray
+    nodules: tuple[Nodule, ...]
+    regions: tuple[Nodule, ...] = ()
+    outlines: Mapping[int, Outlines] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -47,11 +77,17 @@ class Exclusion:
 class LabelledScan:
     """A scan on its own grid, and whose each voxel is: `numbers` int16 [z, y, x] on the grid of `volume` is n
     in nodule number n (`nodules[n - 1]`), -n in the n-th region that is neither target nor false positive,
-    and 0 in all else. So nodules that touch stay two."""
+    and 0 in all else. So nodules that touch stay two. `regions` and `outlines` as in `Truth`."""
 
     volume: Volume
     numbers: np.ndarray
     nodules: tuple[Nodule, ...]
+    regions: tuple[Nodule, ...] = ()
+    outlines: Mapping[int, Outlines] = field(default_factory=dict)
+
+    @property
+    def truth(self) -> Truth:
+        return Truth(self.volume.geometry, self.numbers, self.nodules, self.regions, self.outlines)
 
     @property
     def mask(self) -> np.ndarray:
@@ -64,7 +100,7 @@ class LabelledScan:
         return (self.numbers < 0).view(np.uint8)
 
     def sha256(self) -> str:
-        """Of all that training and evaluation take from the scan: its values, its grid, its numbers."""
+        """Of all that training takes from the scan: its values, its grid, its numbers."""
         geometry = repr(self.volume.geometry).encode()
         parts = (geometry, self.volume.volume_hu, self.numbers)
         digest = hashlib.sha256()
@@ -92,9 +128,9 @@ class ScanFacts:
 
     @staticmethod
     def from_json(tree: dict[str, Any]) -> ScanFacts:
-        nodules = (Nodule(**{**one, "centre_lps_mm": tuple(one["centre_lps_mm"])}) for one in tree["nodules"])
+        nodules = tuple(map(Nodule.from_json, tree["nodules"]))
         grid = tuple(tree["spacing_mm"]), tuple(tree["shape_zyx"])
-        return ScanFacts(*grid, tuple(nodules), tree["sha256"], tree.get("not_hu", ""))
+        return ScanFacts(*grid, nodules, tree["sha256"], tree.get("not_hu", ""))
 
 
 class Case(Protocol):

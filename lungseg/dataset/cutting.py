@@ -21,6 +21,7 @@ from lungseg.config import DataConfig, PatchConfig
 from lungseg.dataset import patches, shards
 from lungseg.dataset.case import Case, LabelledScan, ScanFacts
 from lungseg.dataset.shards import FORMAT, Patch, Shard
+from lungseg.dataset.stored_scans import FORMAT as SCAN_FORMAT
 from lungseg.dataset.stored_scans import StoredScan, StoredScanEntry, copy_scan, write_scan
 from lungseg.errors import DataError
 from lungseg.scan.lungs import lung_mask
@@ -28,7 +29,7 @@ from lungseg.scan.resample import resample, resample_mask
 from lungseg.scan.volume import AIR_HU, Geometry, Volume, vector
 from lungseg.storage import Store, keys, to_json
 
-WORK_FORMAT = 5
+WORK_FORMAT = 6
 """Of what is kept of a scan: that of another version is not read."""
 DRAW = 3
 """Of the choice of patches: another number draws all of them anew, as a new format alone must not."""
@@ -84,7 +85,7 @@ def prepare_scan(store: Store, name: str, case: Case, split: str, config: DataCo
         return Cut(tuple(patch.stratum for patch in found), shard, ScanFacts.of(scan))
 
     def hold_out() -> StoredScanEntry:
-        made_of = digest([settings, split, cut.facts.sha256])
+        made_of = digest([SCAN_FORMAT, settings, split, cut.facts.sha256])
         key = keys.held_out(name, split, f"{case.case_id}-{made_of}")
         note = keys.kept_held_out(stem)
         earlier = StoredScanEntry(**store.get_json(note)) if store.exists(note) else None
@@ -114,9 +115,9 @@ def _once(store: Store, key: str, from_json: Callable[[dict[str, Any]], T], make
 
 
 def to_grid(scan: LabelledScan, spacing_mm: tuple[float, float, float]) -> StoredScan:
-    """The scan on LPS axes at `spacing_mm` with its numbers."""
+    """The scan on LPS axes at `spacing_mm` with its numbers, and the truth on its own grid."""
     volume = resample(scan.volume, spacing_mm)
-    return StoredScan(volume, _numbers_on(volume.geometry, scan))
+    return StoredScan(volume, _numbers_on(volume.geometry, scan), scan.truth)
 
 
 def _numbers_on(target: Geometry, scan: LabelledScan) -> np.ndarray:

@@ -10,6 +10,7 @@ from typing import Any
 from lungseg.config import DataConfig
 from lungseg.dataset.case import Exclusion, ScanFacts
 from lungseg.dataset.shards import FORMAT, Extent, Shard
+from lungseg.dataset.stored_scans import FORMAT as SCAN_FORMAT
 from lungseg.dataset.stored_scans import StoredScanEntry
 from lungseg.errors import DataError
 from lungseg.storage import Store, keys, to_json
@@ -54,10 +55,15 @@ class Manifest:
         return [batch.positives for shard in self.shards[split] for batch in shard.batches]
 
     def require_held_out(self, split: str) -> tuple[StoredScanEntry, ...]:
-        """The whole scans of a split. Raises DataError("split-empty") where none are kept."""
+        """The whole scans of a split. Raises DataError("split-empty") where none are kept, and
+        DataError("held-out-format") where they were kept by a version that scored on the resampled grid."""
         if not self.held_out.get(split):
             kept = ", ".join(name for name, found in self.held_out.items() if found) or "none"
             raise DataError("split-empty", data=self.name, split=split, remedy=f"splits with scans: {kept}")
+        if any(entry.format != SCAN_FORMAT for entry in self.held_out[split]):
+            message = "its held-out scans lack the truth on their own grid"
+            remedy = "prepare the data again under another --data name, and train on that"
+            raise DataError("held-out-format", data=self.name, message=message, remedy=remedy)
         return self.held_out[split]
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -127,6 +127,8 @@ def _build(
     wanted: str,
 ) -> Manifest:
     patient_of = {case.case_id: case.patient_id for case in cases}
+    patients = dict.fromkeys(patient_of[one.case_id] for one in done)
+    numbers = {patient: number for number, patient in enumerate(patients, 1)}
     return Manifest(
         name=name,
         fingerprint=wanted,
@@ -134,7 +136,11 @@ def _build(
         patch_shape_zyx=config.patch.shape_zyx,
         shards={split: _shards(store, name, split, done, split_of, config) for split in SPLITS[:2]},
         held_out={
-            split: tuple(d.held_out for d in done if d.held_out and split_of[d.case_id] == split)
+            split: tuple(
+                replace(one.held_out, patient=numbers[patient_of[one.case_id]])
+                for one in done
+                if one.held_out and split_of[one.case_id] == split
+            )
             for split in SPLITS[1:]
         },
         cases={split: tuple(d.case_id for d in done if split_of[d.case_id] == split) for split in SPLITS},

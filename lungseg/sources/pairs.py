@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import csv
 import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,16 +64,16 @@ class PairCase:
         return stamp_of([self.image, self.mask])
 
     def load(self) -> LabelledScan:
-        """The scan and its mask; each 26-connected component of the target is a nodule.
+        """The scan and its mask, whose nodules are as `_nodules` tells them apart.
 
         Raises as `read_image` and `read_labels`, DataError("labels-several"), GeometryError("grid-mismatch").
         """
         _check_grids(self.image, self.mask)
         values, geometry = read_labels(self.mask)
-        mask, ignore = _divide(values, self.labels, self.mask)
-        numbers, nodules = _nodules(mask, geometry)
-        numbers -= cc3d.connected_components(ignore, connectivity=26).astype(np.int16)
-        return LabelledScan(read_image(self.image), numbers, nodules)
+        target, ignore = _divide(values, self.labels, self.mask)
+        numbers, nodules = _nodules(target, geometry, by_value=self.labels.target is None)
+        ignored, regions = _nodules(ignore, geometry)
+        return LabelledScan(read_image(self.image), numbers - ignored, nodules, regions)
 
 
 def find_cases(folder: Path, config: PairsConfig, check: bool = True) -> list[PairCase]:
@@ -127,7 +128,7 @@ def _meaning(names: dict[str, int], config: PairsConfig, table: Path) -> Labels:
 
 
 def _divide(values: np.ndarray, labels: Labels, file: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Target and ignore regions, both uint8 with 1 where they are."""
+    """The target's values, 0 in all else, and ignore regions, uint8 with 1 where they are."""
     present = {int(value) for value in np.unique(values)} - {0}
     ignored = present & labels.ignore
     target = present - ignored if labels.target is None else present & labels.target
@@ -137,8 +138,8 @@ def _divide(values: np.ndarray, labels: Labels, file: Path) -> tuple[np.ndarray,
     if labels.strict and others:
         remedy = "set data.pairs.label to the nodule's label, or to a list; then others are background"
         raise DataError("labels-several", file=file, labels=labels.show(sorted(present)), remedy=remedy)
-    mask, ignore = (np.isin(values, sorted(chosen)).astype(np.uint8) for chosen in (target, ignored))
-    return mask, ignore
+    wanted, ignore = (np.isin(values, sorted(chosen)) for chosen in (target, ignored))
+    return np.where(wanted, values, 0), ignore.view(np.uint8)
 
 
 def _patients(table: Path) -> dict[str, str]:
@@ -177,22 +178,44 @@ def _check_grids(image: Path, mask: Path) -> None:
     )
 
 
-def _nodules(mask: np.ndarray, geometry: Geometry) -> tuple[np.ndarray, tuple[Nodule, ...]]:
-    """Each component of a mask as a nodule: their numbers, int16 [z, y, x], and what they are."""
-    numbers = np.zeros(mask.shape, np.int16)
-    box = bounding_box(mask)
+def _nodules(
+    target: np.ndarray, geometry: Geometry, by_value: bool = False
+) -> tuple[np.ndarray, tuple[Nodule, ...]]:
+    """The nodules of a mask: their numbers, int16 [z, y, x], and what they are.
+
+    Each 26-connected component of one value is one: nodules of different values may touch. With `by_value` a
+    mask of several values is a label map, in which each value is a nodule, whatever parts it has. Where there
+    are several values a nodule's id tells its own.
+    """
+    numbers = np.zeros(target.shape, np.int16)
+    box = bounding_box(target)
     if not box:
         return numbers, ()
-    labels, count = cc3d.connected_components(mask[box], connectivity=26, return_N=True)
+    values, part = target[box], geometry.part(box)
+    present = np.unique(values[values != 0])
+    labels: np.ndarray
+    if by_value and present.size > 1:
+        labels = np.where(values != 0, np.searchsorted(present, values) + 1, 0)
+    else:
+        labels = cc3d.connected_components(values, connectivity=26)
     numbers[box] = labels
-    statistics, part = cc3d.statistics(labels), geometry.part(box)
+    statistics = cc3d.statistics(labels.astype(np.uint32, copy=False))
     volumes_mm3 = statistics["voxel_counts"] * math.prod(geometry.spacing_mm)
+    value_of = np.zeros(len(volumes_mm3), values.dtype)
+    value_of[labels] = values
+    parts_of = Counter(value_of.tolist())
+
+    def name(label: int) -> str:
+        if present.size == 1:
+            return str(label)
+        return f"{value_of[label]}" + (f".{label}" if parts_of[value_of[label]] > 1 else "")
+
     return numbers, tuple(
         Nodule(
-            nodule_id=str(label),
+            nodule_id=name(label),
             centre_lps_mm=vector(part.to_lps_mm(statistics["centroids"][label])),
             equivalent_diameter_mm=math.cbrt(6 / math.pi * float(volumes_mm3[label])),
             readers=0,
         )
-        for label in range(1, count + 1)
+        for label in range(1, len(volumes_mm3))
     )

@@ -84,6 +84,9 @@ def test_the_store_holds_what_the_manifest_names_and_nothing_else(
             stored = read_scan(store, entry)
             assert stored.volume.geometry.spacing_mm == (1.0, 1.0, 1.0)
             assert stored.mask.shape == stored.volume.volume_hu.shape == (28, 30, 36)
+            assert stored.truth.geometry.shape_zyx == stored.truth.numbers.shape == (14, 30, 24)
+            assert stored.truth.nodules == manifest.scans[entry.case_id].nodules
+        assert len({entry.patient for entry in manifest.held_out[split]}) == 1  # both are of one patient
 
 
 def test_every_patch_is_in_the_shards_once_with_its_case_and_its_count(

@@ -28,6 +28,7 @@ from lungseg.dataset.shards import (
     patches_of,
     write_shard,
 )
+from lungseg.dataset.stored_scans import FORMAT as SCAN_FORMAT
 from lungseg.dataset.stored_scans import StoredScanEntry
 from lungseg.errors import DataError, StorageError
 from lungseg.storage import FolderStore, open_store, to_json
@@ -286,6 +287,14 @@ def test_a_manifest_comes_back_equal_with_the_checksum_of_its_own_bytes(tmp_path
     data = (tmp_path / "data/d/manifest.json").read_bytes()
     assert read == dataclasses.replace(manifest(), sha256=hashlib.sha256(data).hexdigest())
     assert read.to_bytes() == data
+
+
+def test_held_out_scans_of_an_earlier_format_are_trained_beside_but_not_evaluated() -> None:
+    """Its `held_out` is that of an earlier version, whose entries told no format."""
+    with pytest.raises(DataError, match=r"held-out-format.*another --data name"):
+        manifest().require_held_out("val")
+    entry = StoredScanEntry("c", "data/d/volumes/val/c.arrow", 7, "ef" * 32, 1, SCAN_FORMAT)
+    assert dataclasses.replace(manifest(), held_out={"val": (entry,)}).require_held_out("val") == (entry,)
 
 
 def test_record_batches_are_counted_through_all_shards_of_a_split() -> None:

@@ -122,6 +122,17 @@ def test_mask_lies_where_the_readers_drew_and_other_marks_are_ignored(scan, tmp_
     assert ignored == drawn | {tuple(index) for index in inside}
     (nodule,) = labelled.nodules
     assert nodule.readers == 2
+    assert nodule.mean_reader_diameter_mm == pytest.approx(np.mean([one.diameter for one in double]))
+    for rating in ("texture", "subtlety"):
+        assert getattr(nodule, rating) == np.mean([getattr(one, rating) for one in double])
+    assert nodule.calcification in {one.calcification for one in double}
+    for masks, annotation in zip(labelled.outlines[1].masks, double, strict=True):
+        whole = np.zeros(labelled.numbers.shape, bool)
+        corner = labelled.outlines[1].first_zyx
+        whole[tuple(slice(a, a + n) for a, n in zip(corner, masks.shape, strict=True))] = masks
+        np.testing.assert_array_equal(whole, np.moveaxis(reader_consensus(scan, [annotation], 1), 2, 0))
+    (region,) = labelled.regions
+    assert (region.readers, region.nodule_id, list(labelled.outlines)) == (1, "n01", [-1, 1])
     z = scan.slice_zvals[np.argwhere(expected)[:, 0]].mean()
     y, x = np.argwhere(expected)[:, 1:].mean(axis=0) * scan.pixel_spacing
     np.testing.assert_allclose(nodule.centre_lps_mm, (x, y, z), atol=1e-3)
@@ -173,6 +184,8 @@ def test_slices_are_found_by_position_not_by_file_or_direction(scan, tmp_path):
     np.testing.assert_array_equal(plain.mask, other.mask)
     np.testing.assert_array_equal(plain.volume.volume_hu, other.volume.volume_hu)
     np.testing.assert_array_equal(plain.mask, flipped.mask[::-1])
+    np.testing.assert_array_equal(plain.outlines[1].masks, flipped.outlines[1].masks[:, ::-1])
+    assert flipped.outlines[1].first_zyx[0] == np.argwhere(flipped.numbers == 1)[:, 0].min()
     for one, two in zip(plain.nodules, flipped.nodules, strict=True):
         assert one.centre_lps_mm[2] == pytest.approx(two.centre_lps_mm[2], abs=1e-3)
 

@@ -98,6 +98,36 @@ def test_each_component_is_a_nodule_with_its_centre_and_the_diameter_of_a_ball(t
     assert len({nodule.nodule_id for nodule in scan.nodules}) == 2
 
 
+def test_nodules_of_a_label_map_stay_what_they_are_where_they_touch(tmp_path):
+    """Label 4 lies in two parts and touches label 7; by a list of labels each part is a nodule."""
+    mask = np.zeros((8, 9, 10), np.uint8)
+    mask[2:4, 2:4, 2:4], mask[2:4, 2:4, 4:6], mask[6, 7, 8] = 4, 7, 4
+    pair(tmp_path, "map", mask)
+    (as_map,), (as_kinds,) = (find_cases(tmp_path, label=label) for label in ("any", [4, 7]))
+    scan = as_map.load()
+    assert [(one.nodule_id, int((scan.numbers == n).sum())) for n, one in enumerate(scan.nodules, 1)] == [
+        ("4", 9),
+        ("7", 8),
+    ]
+    ids = [one.nodule_id for one in as_kinds.load().nodules]
+    assert sorted(name.partition(".")[0] for name in ids) == ["4", "4", "7"]
+    assert len(set(ids)) == 3
+    assert "7" in ids
+
+
+def test_what_is_ignored_is_described_like_a_nodule(tmp_path):
+    mask = np.zeros((8, 9, 10), np.uint8)
+    mask[1, 1, 1], mask[4:6, 4:6, 4:6], mask[7, 8, 9] = 1, 255, 255
+    pair(tmp_path, "case", mask)
+    (case,) = find_cases(tmp_path)
+    scan = case.load()
+    assert sorted(np.unique(scan.numbers).tolist()) == [-2, -1, 0, 1]
+    assert len(scan.nodules) == 1
+    for number, region in enumerate(scan.regions, 1):
+        middle = np.argwhere(scan.numbers == -number).mean(axis=0)
+        assert region.centre_lps_mm == pytest.approx(tuple(scan.volume.geometry.to_lps_mm(middle)), abs=1e-4)
+
+
 @pytest.mark.parametrize(
     ("stem", "patient"),
     [
