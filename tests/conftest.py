@@ -18,6 +18,8 @@ from hypothesis import settings
 
 # In CI the same examples each time: a rare one must be found at a desk, not block what it has no part in.
 settings.register_profile("ci", derandomize=True, deadline=None)
+# At a desk, for the tests that leave the number of examples to the profile: --hypothesis-profile=thorough.
+settings.register_profile("thorough", max_examples=5000, deadline=None)
 # Without it the tests would make a key in the home folder of who runs them.
 os.environ["LUNGSEG_CASE_KEY"] = "the key of the tests, no secret"
 # How long Ray Train sleeps between two looks at its workers: its 2 s come again at each start and end.
