@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 Codec = Literal["raw", "lz4", "zstd", "planes-lz4", "planes-zstd"]
 LossName = Literal["dice", "bce", "dice_bce", "dice_focal", "focal", "tversky", "focal_tversky"]
+CandidateScore = Literal["max", "mean", "p95", "volume_weighted"]
 LidcMask = Literal["consensus", "union", "reader1", "reader2", "reader3", "reader4"]
 Label = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]

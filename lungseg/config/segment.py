@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from lungseg.config.fields import Frozen, Shape
+from lungseg.config.fields import CandidateScore, Frozen, Shape
 
 
 class SegmentConfig(Frozen):
@@ -19,3 +19,9 @@ class SegmentConfig(Frozen):
     threshold: float = Field(0.5, gt=0, lt=1, description="probability from which a voxel is nodule")
     min_volume_mm3: float = Field(14.0, ge=0, description="smaller components go; a 3 mm ball has 14.1 mm3")
     lungs_only: bool = Field(True, description="skip windows without lung, drop components outside it")
+    candidate_threshold: float = Field(
+        0.1, gt=0, lt=1, description="probability from which a voxel may be of a candidate, for the FROC"
+    )
+    candidate_score: CandidateScore = Field(
+        "max", description="which of a candidate's probabilities ranks it"
+    )
