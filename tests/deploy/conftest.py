@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import subprocess
 import tarfile
 import zipfile
 from collections.abc import Callable
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,11 @@ import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
+from helpers.kuberay import refusals
 
 ROOT = Path(__file__).parents[2]
 KUBERNETES = "1.37"
-OUTSIDE_KINDS = {"PodMonitor"}  # of the Prometheus operator, whose schemas are not at hand
+OUTSIDE_KINDS = {"PodMonitor", "PrometheusRule"}  # of the Prometheus operator, whose schemas are not at hand
 
 Document = dict[str, Any]
 Helm = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -52,14 +55,15 @@ def _unpack_helm(folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def render(helm: Helm) -> Callable[..., list[Document]]:
-    """`helm template`, parsed; a refusal by the chart fails the test."""
+    """`helm template`, parsed, once for the same flags; a refusal by the chart fails the test."""
 
-    def run(chart: str, *flags: str | Path) -> list[Document]:
+    @cache
+    def rendered(chart: str, *flags: str | Path) -> list[Document]:
         done = helm("template", "lungseg", f"helm/{chart}", *flags)
         assert done.returncode == 0, done.stderr
         return [document for document in yaml.safe_load_all(done.stdout) if document]
 
-    return run
+    return lambda chart, *flags: copy.deepcopy(rendered(chart, *flags))
 
 
 @pytest.fixture(scope="session")
@@ -81,6 +85,7 @@ def validate() -> Callable[[Document], None]:
     def check(document: Document) -> None:
         kind = document["kind"]
         if document["apiVersion"].startswith("ray.io/"):
+            assert refusals(document) == []
             if kind not in schemas:
                 schemas[kind] = _kuberay_schema(kind)
             schemas[kind].validate(document)
@@ -107,13 +112,13 @@ def _closed(node: Any) -> Any:
     """The structural schema as JSON Schema that refuses what the API server would prune.
 
     A field under CEL rules is refused altogether: nothing here evaluates them, so what uses such a field
-    must not pass unnoticed.
+    must not pass unnoticed. Rules on what it was before do not bind a new object.
     """
     if isinstance(node, list):
         return [_closed(one) for one in node]
     if not isinstance(node, dict):
         return node
-    if "x-kubernetes-validations" in node:
+    if any("oldSelf" not in one["rule"] for one in node.get("x-kubernetes-validations", [])):
         return False
     closed = {key: _closed(value) for key, value in node.items() if key not in ("properties", "default")}
     if "properties" in node:

@@ -1,7 +1,8 @@
-"""The bundled store's command line and identity, given to the real server."""
+"""The bundled store's command line and key, given to the real server."""
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sysconfig
@@ -34,11 +35,9 @@ def store(
     secret = {key: b64decode(value).decode() for key, value in documents["Secret"]["data"].items()}
     (container,) = documents["StatefulSet"]["spec"]["template"]["spec"]["containers"]
     folder = tmp_path_factory.mktemp("store")
-    (folder / "s3.json").write_text(secret["s3.json"])
     s3, master, volume, filer = _free_ports(4)
     changed = {
         "-dir": str(folder),
-        "-s3.config": str(folder / "s3.json"),
         "-s3.port": str(s3),
         "-s3.ip.bind": "127.0.0.1",
         "-master.port": str(master),
@@ -49,7 +48,9 @@ def store(
     weed = Path(sysconfig.get_path("scripts")) / "weed"
     with (folder / "log").open("w") as log:
         arguments = [*kept, *(f"{flag}={value}" for flag, value in changed.items())]
-        server = subprocess.Popen([weed, *arguments], stdout=log, stderr=log, cwd=folder)
+        variables = {one["name"]: secret[one["valueFrom"]["secretKeyRef"]["key"]] for one in container["env"]}
+        environment = {**os.environ, **variables}
+        server = subprocess.Popen([weed, *arguments], stdout=log, stderr=log, cwd=folder, env=environment)
     endpoint = f"http://127.0.0.1:{s3}"
     try:
         _wait_until_ready(endpoint + container["readinessProbe"]["httpGet"]["path"], server, folder / "log")
@@ -98,7 +99,7 @@ def client(endpoint: str, access_key: str, secret_key: str) -> Any:
     )
 
 
-def test_the_generated_identity_may_write_to_a_bucket_that_nobody_made(
+def test_the_drawn_key_may_write_to_a_bucket_that_nobody_made(
     store: tuple[str, dict[str, str]],
 ) -> None:
     endpoint, secret = store

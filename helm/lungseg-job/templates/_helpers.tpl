@@ -5,6 +5,16 @@
 {{- .Release.Name -}}
 {{- end -}}
 
+{{- define "lungseg-job.labels" -}}
+{{- $own := dict
+      "app.kubernetes.io/name" "lungseg"
+      "app.kubernetes.io/instance" .Release.Name
+      "app.kubernetes.io/component" .Values.job
+      "app.kubernetes.io/managed-by" .Release.Service
+      "helm.sh/chart" (printf "%s-%s" .Chart.Name .Chart.Version) -}}
+{{- toYaml (merge $own .Values.commonLabels) -}}
+{{- end -}}
+
 {{- /* One word of a POSIX shell line, which is what Ray makes of an entry point. */ -}}
 {{- define "lungseg-job.word" -}}
 {{- if regexMatch "^[A-Za-z0-9_./:=,@%+-]+$" . -}}
@@ -40,10 +50,10 @@
 {{- if ne $v.job "prepare" }}{{ $words = concat $words (list "--run" $v.run) }}{{ end -}}
 {{- if eq $v.job "tune" }}{{ $words = concat $words (list "--trials" (int64 $v.trials | toString)) }}{{ end -}}
 {{- if eq $v.job "evaluate" }}{{ $words = concat $words (list "--split" $v.split "--out" $v.out) }}{{ end -}}
-{{- if has $v.job (list "train" "tune") -}}
+{{- if ne $v.job "evaluate" -}}
 {{- with $v.recipe }}{{ $words = concat $words (list "--recipe" .) }}{{ end -}}
 {{- else if or $v.recipe $v.settings -}}
-{{- fail (printf "recipe and settings belong to job=train and job=tune, not to job=%s" $v.job) -}}
+{{- fail "job=evaluate takes no recipe and no settings: it has the run's" -}}
 {{- end -}}
 {{- if and $v.resume (eq $v.job "train") }}{{ $words = append $words "--resume" }}{{ end -}}
 {{- range $index, $word := $words }}{{ if $index }} {{ end }}{{ include "lungseg-job.word" $word }}{{ end -}}
