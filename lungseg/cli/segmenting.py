@@ -51,8 +51,9 @@ def predict(
     out: Out,
     store: StoreUri = STORE,
     series: Series = None,
+    probability: Annotated[bool, typer.Option("--probability", help="Write probability.nii.gz too.")] = False,
 ) -> None:
-    """Segment scans: writes OUT/<case id>/mask.nii.gz and nodules.json of each.
+    """Segment scans: writes OUT/<case id>/nodules.nii.gz, mask.nii.gz and nodules.json of each.
 
     Scans that cannot be used are named, and the exit code is then 3, or 2 if there was no other.
     """
@@ -85,6 +86,13 @@ def predict(
             for warning in found.warnings:
                 log("predict").warning("%s: %s", one.title, warning)
             folder = out / one.case_id
-            write(found, folder, scan=scan_id(volume, key), run=run, checkpoint=best.checkpoint)
-            print(f"{one.title}: {len(found.nodules)} nodules, {folder / 'mask.nii.gz'}")
+            write(
+                found,
+                folder,
+                scan=scan_id(volume, key),
+                run=run,
+                checkpoint=best.checkpoint,
+                with_probability=probability,
+            )
+            print(f"{one.title}: {len(found.nodules)} nodules, {folder / 'nodules.nii.gz'}")
     refused.end(some_done=first is not None)

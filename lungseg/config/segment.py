@@ -25,3 +25,4 @@ class SegmentConfig(Frozen):
     candidate_score: CandidateScore = Field(
         "max", description="which of a candidate's probabilities ranks it"
     )
+    solid_hu: float = Field(-300.0, description="HU from which a nodule's voxel counts as its solid part")

@@ -141,7 +141,12 @@ def read_labels(path: Path) -> tuple[np.ndarray, Geometry]:
 
 
 def write_mask(path: Path, mask: np.ndarray, geometry: Geometry) -> None:
-    """Write `mask` [z, y, x] as uint8 NIfTI, by a temporary file beside it: no half file is ever seen.
+    """Write `mask` [z, y, x] as uint8. Raises as `write_nifti`."""
+    write_nifti(path, mask.astype(np.uint8, copy=False), geometry)
+
+
+def write_nifti(path: Path, array: np.ndarray, geometry: Geometry) -> None:
+    """Write `array` [z, y, x] as NIfTI, by a temporary file beside it: no half file is ever seen.
 
     Raises DataError("mask-suffix") unless `path` ends in .nii.gz, GeometryError("shape-mismatch") and
     DataError("mask-unwritable").
@@ -149,7 +154,7 @@ def write_mask(path: Path, mask: np.ndarray, geometry: Geometry) -> None:
     path = Path(path)
     if not path.name.endswith(".nii.gz"):
         raise DataError("mask-suffix", file=path, remedy="name the mask .nii.gz")
-    image = to_sitk(mask.astype(np.uint8, copy=False), geometry)
+    image = to_sitk(array, geometry)
     temporary = path.with_name(f".{os.getpid()}-{path.name}")
     try:
         sitk.WriteImage(image, itk_files.itk_name(temporary), useCompression=True)

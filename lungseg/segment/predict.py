@@ -7,23 +7,28 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lungseg.config import Recipe
+from lungseg.config import Recipe, SegmentConfig
 from lungseg.scan.lungs import lung_mask
-from lungseg.scan.resample import resample, resample_onto
+from lungseg.scan.resample import resample
 from lungseg.scan.volume import Geometry, Volume
 from lungseg.segment.postprocess import components
-from lungseg.segment.quantify import NoduleMeasurement, measure
+from lungseg.segment.quantify import NoduleMeasurement, quantify
 from lungseg.segment.sliding import Predictor, predict_volume
 
 
 @dataclass(frozen=True)
 class Segmentation:
-    """`labels` is int32 [z, y, x] on `geometry`, the input's own grid: 0 background, 1 the largest nodule."""
+    """`labels` is int32 [z, y, x] on `geometry`, the input's own grid: 0 background, 1 the largest nodule.
+
+    `probability` (float32) is on `working`, the grid that the network saw.
+    """
 
     labels: np.ndarray
     geometry: Geometry
     nodules: tuple[NoduleMeasurement, ...]
-    threshold: float
+    probability: np.ndarray
+    working: Geometry
+    config: SegmentConfig
     lungs_found: bool
     warnings: tuple[str, ...] = ()
 
@@ -33,27 +38,34 @@ def segment(
 ) -> Segmentation:
     """Nodules of `volume`, found at the spacing that the network was trained at (`recipe.data.spacing_mm`).
 
-    The probability is resampled linearly back onto the scan's grid and thresholded there, so that the
-    mask has no stairs of the working grid. Where no lungs are found, the whole scan is searched; that, and
-    values that are no HU, are warned of.
+    They are the components of the probability on that working grid, as `evaluate` counts them; each of them
+    is then taken to the scan's own grid, and measured, between voxels (see `quantify`). Where no lungs are
+    found, the whole scan is searched; that, and values that are no HU, are warned of.
     """
     config = recipe.segment
     working = resample(volume, recipe.data.spacing_mm)
-    lungs = lung_mask(working)
-    lungs_found = bool(lungs.any())
-    coarse = predict_volume(
+    mask = lung_mask(working)
+    lungs = mask if mask.any() else None
+    probability = predict_volume(
         predict,
         working.volume_hu,
         config,
-        lungs=lungs if lungs_found else None,
+        lungs=lungs,
         progress=progress,
         multiple=recipe.model.total_stride,
     )
-    probability = resample_onto(coarse, working.geometry, volume.geometry)
-    own_lungs = resample_onto(lungs, working.geometry, volume.geometry) if lungs_found else None
-    labels = components(probability, config, volume.geometry.spacing_mm, own_lungs)
-    nodules = tuple(measure(labels, volume, probability))
+    found = components(probability, config, working.geometry.spacing_mm, lungs)
+    labels, nodules = quantify(found, probability, working.geometry, volume, config, lungs)
     warnings = [f"the values are probably no HU: {volume.not_hu}"] if volume.not_hu else []
-    if not lungs_found:
+    if lungs is None:
         warnings.append("no lungs were found, so the whole scan was searched: is it a chest CT?")
-    return Segmentation(labels, volume.geometry, nodules, config.threshold, lungs_found, tuple(warnings))
+    return Segmentation(
+        labels,
+        volume.geometry,
+        tuple(nodules),
+        probability,
+        working.geometry,
+        config,
+        lungs is not None,
+        tuple(warnings),
+    )

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import SimpleITK as sitk  # noqa: N813
 
-from lungseg.config import Recipe, parse_recipe
+from lungseg.config import Recipe, SegmentConfig, parse_recipe
 from lungseg.errors import DataError
 from lungseg.scan.dicom import read_series
-from lungseg.scan.volume import Geometry, Volume, read_labels
+from lungseg.scan.volume import Geometry, Volume, read_geometry, read_labels
 from lungseg.segment.outputs.nifti import write
 from lungseg.segment.predict import Segmentation, segment
 
@@ -63,6 +65,7 @@ def test_a_ball_comes_back_at_its_patient_coordinate_and_size() -> None:
     assert found.warnings == ()
     assert found.geometry == volume.geometry
     assert found.labels.shape == volume.volume_hu.shape
+    assert len(np.unique(found.labels)) == 2
     (ball,) = found.nodules  # the one in the chest wall lies outside the lungs
     assert ball.centre_lps_mm == pytest.approx(tuple(BALL_MM), abs=0.3)
     assert ball.equivalent_diameter_mm == pytest.approx(12, abs=0.6)
@@ -97,21 +100,23 @@ def test_results_hold_the_mask_on_the_scans_grid_and_the_nodules(tmp_path: Path)
 
     write(found, tmp_path / "out/case", scan="0011aabb", run="first", checkpoint="120-ab12")
 
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["case", "mask.nii.gz", "nodules.json", "out"]
+    names = ["mask.nii.gz", "nodules.json", "nodules.nii.gz"]
+    assert sorted(path.name for path in (tmp_path / "out/case").iterdir()) == names
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["case"]
     mask, grid = read_labels(tmp_path / "out/case/mask.nii.gz")
     np.testing.assert_array_equal(mask, found.labels > 0)
+    labels, label_grid = read_labels(tmp_path / "out/case/nodules.nii.gz")
+    np.testing.assert_array_equal(labels, found.labels)
+    assert label_grid == grid
     assert grid.shape_zyx == volume.geometry.shape_zyx
     for key in ("spacing_mm", "origin_lps_mm", "direction_lps"):
         np.testing.assert_allclose(getattr(grid, key), getattr(volume.geometry, key), atol=1e-4)
 
     said = json.loads((tmp_path / "out/case/nodules.json").read_text())
     assert said["disclaimer"].startswith("research use only")
-    assert (said["scan"], said["run"], said["checkpoint"], said["threshold"]) == (
-        "0011aabb",
-        "first",
-        "120-ab12",
-        0.5,
-    )
+    assert [said[key] for key in ("scan", "run", "checkpoint")] == ["0011aabb", "first", "120-ab12"]
+    assert said["settings"] == RECIPE.segment.model_dump(mode="json")
+    assert said["working_spacing_mm_zyx"] == [1, 1, 1]
     assert said["spacing_mm_zyx"] == [2.5, 1.3, 1.5]
     assert said["lungs_found"] is True
     assert [nodule["label"] for nodule in said["nodules"]] == [1]
@@ -126,8 +131,10 @@ def test_values_that_are_no_hu_are_warned_of_in_the_result(tmp_path: Path) -> No
 
 
 def tiny(value: int) -> Segmentation:
+    grid = geometry((2, 2, 2))
     labels = np.full((2, 2, 2), value, np.int32)
-    return Segmentation(labels, geometry((2, 2, 2)), (), 0.5, False)
+    probability = np.full((2, 2, 2), 0.25, np.float32)
+    return Segmentation(labels, grid, (), probability, grid, SegmentConfig(), False)
 
 
 def test_earlier_results_are_replaced_and_foreign_folders_left_alone(tmp_path: Path) -> None:
@@ -167,6 +174,35 @@ def test_an_interrupted_write_leaves_nothing_and_keeps_earlier_results(
             write(tiny(1), tmp_path / name, scan="s", run="r", checkpoint="2")
     assert [path.name for path in tmp_path.iterdir()] == ["case"]
     assert json.loads((tmp_path / "case/nodules.json").read_text())["checkpoint"] == "1"
+
+
+def test_a_result_that_cannot_take_its_place_leaves_the_earlier_one_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tiny(0), tmp_path / "case", scan="s", run="r", checkpoint="1")
+    renamed: list[str] = []
+    really = os.rename
+
+    def rename(source: Path, target: Path) -> None:
+        renamed.append(source.name)
+        if len(renamed) == 2:
+            raise OSError("Permission denied")
+        really(source, target)
+
+    monkeypatch.setattr("lungseg.segment.outputs.nifti.os.rename", rename)
+    with pytest.raises(DataError, match="output-unwritable"):
+        write(tiny(1), tmp_path / "case", scan="s", run="r", checkpoint="2")
+    assert len(renamed) == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["case"]
+    assert json.loads((tmp_path / "case/nodules.json").read_text())["checkpoint"] == "1"
+
+
+def test_the_probability_is_written_where_it_is_asked_for(tmp_path: Path) -> None:
+    write(tiny(1), tmp_path / "case", scan="s", run="r", checkpoint="1", with_probability=True)
+    image = sitk.ReadImage(str(tmp_path / "case/probability.nii.gz"))
+    assert sitk.GetArrayFromImage(image).dtype == np.float32
+    np.testing.assert_allclose(sitk.GetArrayFromImage(image), 0.25)
+    assert read_geometry(tmp_path / "case/probability.nii.gz").shape_zyx == (2, 2, 2)
 
 
 def test_an_output_that_cannot_be_written_is_named(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What `predict` writes: the mask on the scan's own grid, and its nodules as JSON."""
+"""What `predict` writes: label map and mask on the scan's own grid, and the nodules as JSON."""
 
 from __future__ import annotations
 
@@ -6,12 +6,17 @@ import json
 import os
 import shutil
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import numpy as np
 
 from lungseg import __version__
 from lungseg.errors import DataError
 from lungseg.scan.itk_files import itk_name
-from lungseg.scan.volume import write_mask
+from lungseg.scan.resample import resample_onto
+from lungseg.scan.volume import write_mask, write_nifti
 from lungseg.segment.predict import Segmentation
 
 DISCLAIMER = "research use only: not a medical device, not for diagnosis"
@@ -36,31 +41,61 @@ def require_own(folder: Path, scan: str) -> None:
         raise DataError("output-of-another-scan", folder=folder, remedy=remedy)
 
 
-def write(segmentation: Segmentation, folder: Path, *, scan: str, run: str, checkpoint: str) -> None:
-    """Write `folder`/mask.nii.gz (1 in any nodule) and `folder`/nodules.json, both or none.
+def write(
+    segmentation: Segmentation,
+    folder: Path,
+    *,
+    scan: str,
+    run: str,
+    checkpoint: str,
+    with_probability: bool = False,
+) -> None:
+    """Write `folder`/nodules.nii.gz, whose values are the labels of `folder`/nodules.json, mask.nii.gz (1 in
+    any nodule) and, if asked for, probability.nii.gz (float32, interpolated linearly); all or none of them.
 
-    Neither holds patient data. Earlier results of the same scan (see `identity.scan_id`) are replaced.
+    None holds patient data. Earlier results of the same scan (see `identity.scan_id`) are replaced.
     Raises as `require_own`, and DataError("output-unwritable").
     """
     folder = Path(folder)
     require_own(folder, scan)
+    grid = segmentation.geometry
+    with replaced(folder) as fresh:
+        write_nifti(fresh / "nodules.nii.gz", segmentation.labels.astype(np.uint16), grid)
+        write_mask(fresh / "mask.nii.gz", segmentation.labels > 0, grid)
+        if with_probability:
+            own = resample_onto(segmentation.probability, segmentation.working, grid)
+            write_nifti(fresh / "probability.nii.gz", own, grid)
+        text = json.dumps(_describe(segmentation, scan, run, checkpoint), indent=2, allow_nan=False)
+        (fresh / "nodules.json").write_text(text + "\n", encoding="utf-8")
+
+
+@contextmanager
+def replaced(folder: Path) -> Iterator[Path]:
+    """An empty folder beside `folder` that takes its place at the end; if anything fails, `folder` stays as
+    it was.
+
+    Raises DataError("output-unwritable").
+    """
     fresh = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
     stale = fresh.with_name(f"{fresh.name}.old")
     try:
         fresh.mkdir(parents=True)
-        write_mask(fresh / "mask.nii.gz", segmentation.labels > 0, segmentation.geometry)
-        text = json.dumps(_describe(segmentation, scan, run, checkpoint), indent=2, allow_nan=False)
-        (fresh / "nodules.json").write_text(text + "\n", encoding="utf-8")
+        yield fresh
         if folder.exists():
             os.rename(folder, stale)
-        os.rename(fresh, folder)
+        try:
+            os.rename(fresh, folder)
+        except BaseException:
+            if stale.exists():
+                os.rename(stale, folder)
+            raise
+        shutil.rmtree(stale, ignore_errors=True)
     except OSError as error:
         raise DataError(
             "output-unwritable", folder=folder, remedy=f"choose another --out ({error})"
         ) from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
-        shutil.rmtree(stale, ignore_errors=True)
 
 
 def _describe(segmentation: Segmentation, scan: str, run: str, checkpoint: str) -> dict[str, object]:
@@ -70,8 +105,9 @@ def _describe(segmentation: Segmentation, scan: str, run: str, checkpoint: str) 
         "scan": scan,
         "run": run,
         "checkpoint": checkpoint,
-        "threshold": segmentation.threshold,
+        "settings": segmentation.config.model_dump(mode="json"),
         "spacing_mm_zyx": list(segmentation.geometry.spacing_mm),
+        "working_spacing_mm_zyx": list(segmentation.working.spacing_mm),
         "lungs_found": segmentation.lungs_found,
         "warnings": list(segmentation.warnings),
         "nodules": [nodule.to_json() for nodule in segmentation.nodules],
