@@ -6,10 +6,13 @@ import atexit
 import logging
 import os
 import secrets
+import signal
 import socket
 import tempfile
+import threading
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from lungseg.errors import ConfigError
@@ -48,10 +51,25 @@ def connect() -> Any:
 
     if ray.is_initialized():
         return ray
-    address = os.environ.get("RAY_ADDRESS")
-    if address and address != "local":
-        _join(ray, address)
-        return ray
+    with _sigterm_kept():
+        address = os.environ.get("RAY_ADDRESS")
+        if address and address != "local":
+            _join(ray, address)
+        else:
+            _start(ray)
+    return ray
+
+
+@contextmanager
+def _sigterm_kept() -> Iterator[None]:
+    """Ray would end this process with code 15."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if before is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)
+
+
+def _start(ray: Any) -> None:
     # The workers' own output is a flood of TensorFlow's and Ray's notices; it stays in Ray's session
     # folder unless `-v` asks for it, and our log lines come here by a file of their own.
     # No cloud takes a node of it away, and the process that would look for that costs each run seconds.
@@ -67,7 +85,6 @@ def connect() -> Any:
             _start_local(ray)
     finally:
         del os.environ["LUNGSEG_LOG_FILE"]
-    return ray
 
 
 def _join(ray: Any, address: str) -> None:

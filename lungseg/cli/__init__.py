@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 
 import typer
@@ -18,10 +20,12 @@ from lungseg.errors import LungsegError
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command line and exit: 0, 2 for what a user can cure, 3 where scans that
-    cannot be used were left out, 130 after Ctrl-C, 1 for anything else.
+    cannot be used were left out, 130 after Ctrl-C or SIGTERM, 1 for anything else.
 
     Whatever fails ends in one line on standard error.
     """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a locale may lack the letters of a path
             stream.reconfigure(errors="backslashreplace")
@@ -35,7 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Exception as error:
         ours = LungsegError.find_in(error)
         show_worker_lines()  # whose copies come a moment late, and the last line is to name the cause
-        end(str(ours) if ours else unexpected(error), 2 if ours else 1)
+        if ours:
+            end(str(ours), INTERRUPTED if ours.code == "stopped" else 2)
+        end(unexpected(error), 1)
     if code == INTERRUPTED:  # which Typer makes of KeyboardInterrupt
         worker_lines.close()  # workers that still live would have the last word
         again = "the same command goes on from there (train: with --resume)"

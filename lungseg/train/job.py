@@ -19,8 +19,8 @@ class Session:
 
     `share` gives every rank what rank 0 passed in; `report` tells the driver of an epoch; both are
     barriers. `asked` says whether this process was asked to leave, and `leave`, which does not return, is
-    called by all ranks once a checkpoint is committed. `settled`: an epoch is committed before it is
-    reported, since whoever hears of it may end the run.
+    called by all ranks with the step that a checkpoint is committed of. `settled`: an epoch is committed
+    before it is reported, since whoever hears of it may end the run.
     """
 
     rank: int
@@ -29,7 +29,7 @@ class Session:
     share: Callable[[Any], Any]
     report: Callable[[dict[str, float]], None]
     asked: Callable[[], bool] = lambda: False
-    leave: Callable[[], NoReturn] = sys.exit
+    leave: Callable[[int], NoReturn] = sys.exit
     settled: bool = False
 
 

@@ -253,7 +253,7 @@ def _leave(worker: _Worker, state: TrainState) -> NoReturn:
         worker.recorder.leave(state, *worker.arrays())
         _log.info("asked to leave: committed step %d", state.step)
     worker.session.share(None)  # whoever ended before the commit would take rank 0 down
-    worker.session.leave()
+    worker.session.leave(state.step)
 
 
 def _metrics(worker: _Worker, state: TrainState, sums: ValSums) -> dict[str, float]:

@@ -1,4 +1,5 @@
-"""A notice to leave: SIGTERM to a worker's own process, which would otherwise end it at once."""
+"""A notice to leave: SIGTERM to a worker's own process, which would otherwise end it at once, or that its
+command was asked to stop."""
 
 from __future__ import annotations
 
@@ -42,6 +43,11 @@ def heed_sigterm_again() -> None:
     Python's. For any thread; does nothing where nobody called `heed_sigterm`."""
     if _handlers:
         _set(signal.SIGTERM, _handlers[-1])
+
+
+def ask() -> None:
+    """As if a SIGTERM had come."""
+    _asked.set()
 
 
 def was_asked() -> bool:

@@ -18,7 +18,8 @@ from helpers.scraping import Endpoint
 from helpers.train_watch import actors, assert_same_end, lines, train_workers
 
 from lungseg.errors import ConfigError, RunError, StorageError
-from lungseg.train.launch import _disk_has_room, _source, _watcher
+from lungseg.train.launch import _source, _watcher
+from lungseg.train.worker import disk_has_room
 
 Moment = tuple[Callable[[set[str]], bool], signal.Signals]
 """What must be among the keys that the run has written so far, and the signal that its worker then gets."""
@@ -122,8 +123,8 @@ def test_the_port_of_a_worker_is_kept_for_its_tensorflow() -> None:
     """It is bound, but by who lets others of the same process share it, as TensorFlow's server then does."""
     code = """
 import os, socket
-from lungseg.train.launch import _address
-host, port = _address().rsplit(":", 1)
+from lungseg.train.worker import address
+host, port = address().rsplit(":", 1)
 with socket.socket() as other:
     try:
         other.bind((host, int(port)))
@@ -173,9 +174,9 @@ def test_a_full_disk_ends_a_run_at_once_and_a_store_that_may_come_back_does_not(
 
 
 def test_a_full_disk_of_the_node_is_told_as_such() -> None:
-    with pytest.raises(RunError, match="disk-full"), _disk_has_room(), open("/dev/full", "w") as file:
+    with pytest.raises(RunError, match="disk-full"), disk_has_room(), open("/dev/full", "w") as file:
         file.write("1")
-    with pytest.raises(PermissionError), _disk_has_room():
+    with pytest.raises(PermissionError), disk_has_room():
         raise PermissionError
 
 

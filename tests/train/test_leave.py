@@ -38,7 +38,7 @@ class Left(Exception):  # noqa: N818 - no error
     """How a worker of these tests leaves."""
 
 
-def leave() -> NoReturn:
+def leave(step: int) -> NoReturn:
     raise Left
 
 

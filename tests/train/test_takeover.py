@@ -140,10 +140,10 @@ def head_taken() -> Iterator[Callable[[], None]]:
 
 
 @contextmanager
-def train_command(balls: Any, run: str, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+def train_command(balls: Any, run: str, folder: Path, *overrides: str) -> Iterator[subprocess.Popen[bytes]]:
     """`lungseg train` in a process of its own, with a Ray of its own, once its run has a checkpoint."""
     recipe, log = folder / "recipe.yaml", folder / "log"
-    recipe.write_text(balls.recipe().model_dump_json())  # JSON is YAML
+    recipe.write_text(balls.recipe(*overrides).model_dump_json())  # JSON is YAML
     command = [sys.executable, "-m", "lungseg.cli", "train", "--store", balls.store.uri, "--data", "balls"]
     command += ["--run", run, "--recipe", str(recipe)]
     with log.open("wb") as file:
@@ -172,6 +172,21 @@ def test_a_command_killed_whole_goes_on_with_resume(balls: Any, undisturbed: str
     assert "--resume" in caught.value.remedy
     balls.train(run, mode="resume")
     assert_same_end(balls, run, undisturbed)
+
+
+@pytest.mark.slow
+def test_ctrl_c_commits_the_step_it_comes_at_and_says_so(balls: Any, tmp_path: Path) -> None:
+    """It comes to all processes of the command, as from a terminal."""
+    run = "interrupted-command"
+    with train_command(balls, run, tmp_path, "train.steps_per_epoch=200") as process:
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(timeout=120) == 130
+    state = balls.final(run).state
+    assert 200 < state.step < 800
+    assert state.step % 200  # no end of an epoch, which is committed anyway
+    last = (tmp_path / "log").read_text().splitlines()[-1]
+    assert last.startswith(f"lungseg: stopped: step {state.step} is committed. Remedy: ")
+    assert f"committed step {state.step}\n" in balls.store.get(f"runs/{run}/log.txt").decode()
 
 
 @pytest.mark.slow
