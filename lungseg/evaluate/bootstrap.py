@@ -19,6 +19,8 @@ REPLICATES = 2000
 LEVEL = 0.95
 FEW_PATIENTS = 10
 
+Patients = Sequence[int] | Sequence[str]
+"""Whose each scan is."""
 Statistic = Callable[[np.ndarray], np.ndarray]
 """Of int weights [replicates, scans] a value for each replicate, NaN where it has none."""
 
@@ -38,8 +40,8 @@ class Interval:
         return self.patients < FEW_PATIENTS
 
 
-def resample(patients: Sequence[str], replicates: int = REPLICATES, seed: int = 0) -> np.ndarray:
-    """int64 [replicates, scans]: how often each scan is there. `patients` names the patient of each scan."""
+def resample(patients: Patients, replicates: int = REPLICATES, seed: int = 0) -> np.ndarray:
+    """int64 [replicates, scans]: how often each scan is there."""
     names, of_scan = np.unique(patients, return_inverse=True)
     random = np.random.default_rng(seed)
     drawn = random.multinomial(len(names), np.full(len(names), 1 / len(names)), size=replicates)
@@ -63,7 +65,7 @@ def difference(a: Statistic, b: Statistic) -> Statistic:
     return lambda weights: b(weights) - a(weights)
 
 
-def interval(statistic: Statistic, patients: Sequence[str], weights: np.ndarray) -> Interval:
+def interval(statistic: Statistic, patients: Patients, weights: np.ndarray) -> Interval:
     """`weights` as `resample(patients)` makes them; draws in which the figure has no value are left out."""
     [value] = statistic(np.ones((1, len(patients)), np.int64))
     spread = statistic(weights)
@@ -87,14 +89,10 @@ def rank_shares(
     return (ranks[:, :, None] == places).sum(axis=1) / max(values.shape[1], 1)
 
 
-def by_patient(values: Sequence[float | None], patients: Sequence[str]) -> np.ndarray:
-    """float64 [patients], in the order of their names: the mean over each one's scans that have a value, NaN
-    where none has."""
-    names, of_scan = np.unique(patients, return_inverse=True)
-    given = np.array([math.nan if value is None else value for value in values], np.float64)
-    counts = ~np.isnan(given)
-    sums, scans = (np.bincount(of_scan, x, len(names)) for x in (np.nan_to_num(given), counts))
-    return np.divide(sums, scans, out=np.full(len(names), np.nan), where=scans > 0)
+def by_patient(statistic: Statistic, patients: Patients) -> np.ndarray:
+    """float64 [patients], in their order: the figure of each one's scans alone."""
+    _, of_scan = np.unique(patients, return_inverse=True)
+    return statistic(np.equal.outer(np.arange(of_scan.max() + 1), of_scan).astype(np.int64))
 
 
 def wilcoxon(a: np.ndarray, b: np.ndarray) -> float | None:

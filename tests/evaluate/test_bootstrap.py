@@ -86,10 +86,10 @@ def test_ranks_are_shared_out_over_draws() -> None:
     assert rank_shares([ratio([1], [0])] * 2, np.ones((5, 1), int)).tolist() == [[0, 0], [0, 0]]
 
 
-def test_values_are_paired_by_patient() -> None:
-    means = by_patient([1.0, None, 3.0, 7.0, None], ["b", "b", "b", "a", "c"])
-    assert means[:2].tolist() == [7, 2]
-    assert math.isnan(means[2])
+def test_a_patient_has_the_figure_of_its_own_scans() -> None:
+    figures = by_patient(ratio([1, 0, 3, 7, 0], [1, 0, 2, 1, 0]), ["b", "b", "b", "a", "c"])
+    assert figures[:2].tolist() == [7, 4 / 3]
+    assert math.isnan(figures[2])
 
 
 def test_wilcoxon_gives_the_example_of_its_textbook() -> None:
