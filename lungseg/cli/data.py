@@ -118,11 +118,12 @@ def ids(
     """Show the case ids of scans. So one finds again what a report is about; nothing is written."""
     from lungseg.errors import DataError
     from lungseg.scan.identity import case_key
+    from lungseg.segment.inputs import case_names
 
     key, refused, shown = case_key(), Refused(), 0
-    for path in inputs:
+    for path, name in zip(inputs, case_names(inputs), strict=True):
         try:
-            lines = _ids(path, key, series)
+            lines = _ids(path, key, series, name)
         except DataError as error:
             if len(inputs) == 1:
                 raise
@@ -133,7 +134,7 @@ def ids(
     refused.end(some_done=shown > 0)
 
 
-def _ids(path: Path, key: bytes, series: str | None) -> list[str]:
+def _ids(path: Path, key: bytes, series: str | None, name: str) -> list[str]:
     from lungseg.scan.identity import case_id
     from lungseg.segment.inputs import find_inputs, require_inputs
     from lungseg.sources.layouts import is_layout, read_layout
@@ -141,4 +142,4 @@ def _ids(path: Path, key: bytes, series: str | None) -> list[str]:
     if is_layout(path):
         return [f"{case_id(name, key)}  {name}" for name in sorted(read_layout(path).images)]
     require_inputs([path])
-    return [f"{one.case_id}  {one.title}" for one in find_inputs(path, key, series)]
+    return [f"{one.case_id}  {one.title}" for one in find_inputs(path, key, series, name)]

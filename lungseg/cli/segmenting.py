@@ -51,12 +51,14 @@ def predict(
     out: Out,
     store: StoreUri = STORE,
     series: Series = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="segment.field=value.")] = None,
     probability: Annotated[bool, typer.Option("--probability", help="Write probability.nii.gz too.")] = False,
 ) -> None:
     """Segment scans: writes OUT/<case id>/nodules.nii.gz, mask.nii.gz and nodules.json of each.
 
     Scans that cannot be used are named, and the exit code is then 3, or 2 if there was no other.
     """
+    from lungseg.config import Recipe, resegmented
     from lungseg.runs.run import load_run
     from lungseg.scan.identity import case_key, scan_id
     from lungseg.segment.inputs import Input, read_inputs, require_inputs
@@ -65,6 +67,7 @@ def predict(
     from lungseg.storage import open_store
     from lungseg.telemetry import log, progress, quiet_tensorflow
 
+    resegmented(Recipe(), overrides or [])  # what is wrong is told before TensorFlow takes its seconds
     require_inputs(inputs)
     opened = open_store(store)
     load_run(opened, run)
@@ -74,15 +77,16 @@ def predict(
         require_own(out / one.case_id, scan_id(volume, key))
 
     scans = read_inputs(inputs, key, series, accept, refused)
-    first = next(scans, None)  # wrong inputs are told before TensorFlow takes its seconds
+    first = next(scans, None)
     if first:
         with quiet_tensorflow():
             from lungseg.runs.export import load_best
 
             best = load_best(opened, run)
+        recipe = resegmented(best.recipe, overrides or [])
         for one, volume in chain([first], scans):
             with progress(one.case_id) as report:
-                found = segment(best.predict, volume, best.recipe, report)
+                found = segment(best.predict, volume, recipe, report)
             for warning in found.warnings:
                 log("predict").warning("%s: %s", one.title, warning)
             folder = out / one.case_id

@@ -8,7 +8,7 @@ from lungseg.config.fields import Codec, LidcMask, LossName
 from lungseg.config.loss import LossConfig
 from lungseg.config.model import ModelConfig
 from lungseg.config.optimizer import OptimizerConfig
-from lungseg.config.recipe import Recipe, field_names, load_recipe, parse_recipe
+from lungseg.config.recipe import Recipe, field_names, load_recipe, parse_recipe, resegmented
 from lungseg.config.segment import SegmentConfig
 from lungseg.config.stream import StreamConfig
 from lungseg.config.telemetry import TelemetryConfig
@@ -39,4 +39,5 @@ __all__ = [
     "field_names",
     "load_recipe",
     "parse_recipe",
+    "resegmented",
 ]

@@ -7,6 +7,7 @@ costs a night of training.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,20 @@ def load_recipe(path: Path | str | None = None, overrides: list[str] | tuple[str
             raise ConfigError("recipe-syntax", recipe=path, remedy="a recipe is a mapping of sections")
         tree = loaded or {}
     for override in overrides:
+        _apply(tree, override)
+    return parse_recipe(tree)
+
+
+def resegmented(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """`recipe` with other settings of `segment`, the only ones that a trained network leaves open.
+
+    Raises ConfigError("setting-fixed") for any other, and as `load_recipe`.
+    """
+    tree = recipe.model_dump(mode="json")
+    for override in overrides:
+        if not override.strip().startswith("segment."):
+            remedy = "set segment.… only (see `lungseg settings segment`); all else is the network's own"
+            raise ConfigError("setting-fixed", override=override, remedy=remedy)
         _apply(tree, override)
     return parse_recipe(tree)
 

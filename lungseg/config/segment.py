@@ -25,4 +25,6 @@ class SegmentConfig(Frozen):
     candidate_score: CandidateScore = Field(
         "max", description="which of a candidate's probabilities ranks it"
     )
-    solid_hu: float = Field(-300.0, description="HU from which a nodule's voxel counts as its solid part")
+    solid_hu: float = Field(
+        -300.0, ge=-1000, le=1000, description="HU from which a nodule's voxel counts as its solid part"
+    )

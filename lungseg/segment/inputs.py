@@ -1,7 +1,8 @@
 """What `predict` takes, and who is who in it: an image file is a scan, and so is each CT series of a folder.
 
 A scan's case id is the keyed hash of its own name: the file's, the folder's, or that of the link it is given
-by, as in `lungseg prepare pairs`. Where a folder holds several series it is that of the series' UID.
+by, as in `lungseg prepare pairs`, with its parents' where several of one call share it. Where a folder holds
+several series it is that of the series' UID.
 """
 
 from __future__ import annotations
@@ -40,6 +41,19 @@ def case_name(path: Path) -> str:
     return split_name(os.path.basename(os.path.abspath(path)))[0] or "scan"
 
 
+def case_names(paths: Sequence[Path]) -> list[str]:
+    """The name of each input; several of one name take as many of their parents' as tell them apart."""
+    parts = [(*Path(os.path.abspath(path)).parent.parts, case_name(path)) for path in paths]
+    names = []
+    for own in parts:
+        alike = [other for other in parts if other is not own]
+        depth = 1
+        while depth < len(own) and any(own[-depth:] == other[-depth:] for other in alike):
+            depth += 1
+        names.append("/".join(own[-depth:]))
+    return names
+
+
 def require_inputs(paths: Sequence[Path]) -> None:
     """What can be told before any work is done.
 
@@ -49,35 +63,37 @@ def require_inputs(paths: Sequence[Path]) -> None:
         if not path.exists():
             remedy = "give a DICOM folder, a NIfTI, NRRD or MetaImage file"
             raise DataError("input-missing", input=path, remedy=remedy)
-    names = [case_name(path) for path in paths]
-    twice = sorted({name for name in names if names.count(name) > 1})
+    names = case_names(paths)
+    twice = [str(path) for path, name in zip(paths, names, strict=True) if names.count(name) > 1]
     if twice:
-        remedy = "rename one, or predict them with different --out"
-        raise DataError("input-ambiguous", names=",".join(twice), remedy=remedy)
+        remedy = "give each once, rename one, or predict them with different --out"
+        raise DataError("input-ambiguous", inputs=",".join(twice), remedy=remedy)
 
 
-def find_inputs(path: Path, key: bytes, series: str | None = None) -> list[Input]:
+def find_inputs(path: Path, key: bytes, series: str | None = None, name: str = "") -> list[Input]:
     """The scans at `path`: all CT series of a folder, in the order of their first files' names, or only that
-    which `series` names by its number in this order, from 1, or by its UID. Voxels are not read.
+    which `series` names by its number in this order, from 1, or by its UID. Voxels are not read. `name`
+    stands for the input's own, as of `case_names`.
 
     Raises DataError("series-none", "series-missing") and as `find_series`.
     """
+    name = name or case_name(path)
     if not path.is_dir():
         if series is not None:
             raise DataError("series-missing", input=path, remedy="leave --series out: this is no folder")
-        return [Input(case_id(case_name(path), key), str(path), path)]
+        return [Input(case_id(name, key), str(path), path)]
     found = find_series(path)
     if not found:
         raise DataError("series-none", folder=path, remedy="give a folder with CT slices in DICOM format")
     inputs, listing = [], []
     for number, (uid, files) in enumerate(found.items(), 1):
-        name, title = case_name(path), str(path)
+        own, title = name, str(path)
         if len(found) > 1:
             slices = f"{len(files)} slices, first {shown(files[0].relative_to(path))}"
             listing.append(f"{number}: {slices}")
-            name, title = uid, f"{path}, series {number} of {len(found)} ({slices})"
+            own, title = uid, f"{path}, series {number} of {len(found)} ({slices})"
         if series in (None, str(number), uid):
-            inputs.append(Input(case_id(name, key), title, path, tuple(files)))
+            inputs.append(Input(case_id(own, key), title, path, tuple(files)))
     if not inputs:
         remedy = "give --series a number of these or a UID, or leave it out for all"
         message = "; ".join(listing) or "there is one series"
@@ -97,9 +113,9 @@ def read_inputs(
     Any other goes to `refuse` with its title and error, and the next one follows; of a single scan the error
     is raised.
     """
-    for path in paths:
+    for path, name in zip(paths, case_names(paths), strict=True):
         try:
-            inputs = find_inputs(path, key, series)
+            inputs = find_inputs(path, key, series, name)
         except (DataError, GeometryError) as error:
             if len(paths) == 1:
                 raise

@@ -11,6 +11,7 @@ from lungseg.config import Recipe, SegmentConfig
 from lungseg.scan.lungs import lung_mask
 from lungseg.scan.resample import resample
 from lungseg.scan.volume import Geometry, Volume
+from lungseg.segment.candidates import find_candidates
 from lungseg.segment.postprocess import components
 from lungseg.segment.quantify import NoduleMeasurement, quantify
 from lungseg.segment.sliding import Predictor, predict_volume
@@ -55,7 +56,10 @@ def segment(
         multiple=recipe.model.total_stride,
     )
     found = components(probability, config, working.geometry.spacing_mm, lungs)
-    labels, nodules = quantify(found, probability, working.geometry, volume, config, lungs)
+    candidate_labels, candidates = find_candidates(probability, working.geometry, config, lungs)
+    scores = np.array([0.0, *(one.score(config.candidate_score) for one in candidates)])
+    confidence = confidences(found, candidate_labels, scores)
+    labels, nodules = quantify(found, probability, working.geometry, volume, config, lungs, confidence)
     warnings = [f"the values are probably no HU: {volume.not_hu}"] if volume.not_hu else []
     if lungs is None:
         warnings.append("no lungs were found, so the whole scan was searched: is it a chest CT?")
@@ -69,3 +73,12 @@ def segment(
         lungs is not None,
         tuple(warnings),
     )
+
+
+def confidences(labels: np.ndarray, candidate_labels: np.ndarray, scores: np.ndarray) -> dict[int, float]:
+    """The highest of the candidates' `scores` in each of `labels`; one without a candidate has none."""
+    both = (labels > 0) & (candidate_labels > 0)
+    best: dict[int, float] = {}
+    for label, candidate in np.unique(np.stack([labels[both], candidate_labels[both]]), axis=1).T.tolist():
+        best[label] = max(best.get(label, 0.0), float(scores[candidate]))
+    return best

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
 import edt
@@ -43,7 +44,7 @@ class NoduleMeasurement:
     `pleura_mm` goes from the surface to where the lungs' mask ends, which is the pleura, or the mediastinum
     and the hilum; it is right within a voxel of the working grid. `side` is that of the patient, by the
     middle of both lungs, None within 10 mm of it. Both are None where no lungs were found. `probability` is
-    the model's mean.
+    the model's mean, `confidence` the score of the candidate that the nodule is (see `candidates`).
     """
 
     label: int
@@ -70,6 +71,7 @@ class NoduleMeasurement:
     pleura_mm: float | None
     side: str | None
     probability: float
+    confidence: float | None
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers, rounded to thousandths (micrometres are far below a scanner's resolution)."""
@@ -83,30 +85,32 @@ def quantify(
     volume: Volume,
     config: SegmentConfig,
     lungs: np.ndarray | None = None,
+    confidence: Mapping[int, float] | None = None,
 ) -> tuple[np.ndarray, list[NoduleMeasurement]]:
     """The components `labels` of `probability` (int and float32 [z, y, x], on `grid`) as int32 labels on the
     grid of `volume`, 1 the largest, and the measurements of each.
 
     A voxel has a label where the probability's cubic spline at its centre passes `config.threshold`; a
-    component without such a voxel, between thick slices, is left out. `lungs` (nonzero inside) is on `grid`.
-    A mask is measured as both labels and probability; its stairs lengthen the axes by half a voxel or so.
+    component without such a voxel, between thick slices, is left out. `confidence` is by number of component.
+    `lungs` (nonzero inside) is on `grid`. A mask is measured as both labels and probability; its stairs
+    lengthen the axes by half a voxel or so.
     """
     around = _Lungs.of(lungs, grid) if lungs is not None and lungs.any() and labels.any() else None
     own = np.zeros(volume.geometry.shape_zyx, np.int32)
     nodules: list[NoduleMeasurement] = []
-    levels = [
-        level_set(probability, labels, box, label, config.threshold, grid, volume.geometry)
-        for label, box in enumerate(ndimage.find_objects(labels), 1)
-        if box
-    ]
-    surfaces = [(level, _Surface.of(level)) for level in levels if level and level.voxels.any()]
-    for level, surface in sorted(surfaces, key=lambda one: -one[1].volume_mm3):
+    surfaces: list[tuple[int, LevelSet, _Surface]] = []
+    for label, box in enumerate(ndimage.find_objects(labels), 1):
+        level = box and level_set(probability, labels, box, label, config.threshold, grid, volume.geometry)
+        if level and level.voxels.any():
+            surfaces.append((label, level, _Surface.of(level)))
+    for label, level, surface in sorted(surfaces, key=lambda one: -one[2].volume_mm3):
         room = own[level.box]
         mine = level.voxels & (room == 0)
         if mine.any():
             room[mine] = len(nodules) + 1
             hu = volume.volume_hu[level.box][mine].astype(np.float64)
-            nodules.append(_measure(len(nodules) + 1, level, surface, hu, volume, config, around))
+            one = _measure(len(nodules) + 1, level, surface, hu, volume, config, around)
+            nodules.append(replace(one, confidence=(confidence or {}).get(label)))
     return own, nodules
 
 
@@ -200,6 +204,7 @@ def _measure(
         pleura_mm=lungs.pleura_mm(level.geometry.to_lps_mm(surface.points_zyx)) if lungs else None,
         side=lungs.side(centre[0]) if lungs else None,
         probability=float(level.values[inside].mean(dtype=np.float64)) + config.threshold,
+        confidence=None,
     )
 
 

@@ -61,6 +61,27 @@ def test_a_broken_scan_is_named_and_the_others_go_on(predict: Callable[..., Ende
     assert sorted(path.name for path in (here / "out").iterdir()) == sorted(map(id_of, "ac"))
 
 
+def test_settings_of_segment_can_be_set_and_are_written_down_and_no_others(
+    predict: Callable[..., Ended], here: Path
+) -> None:
+    for letter, folder in (("a", "P1"), ("a", "P2")):
+        scan(here / folder / f"{letter}.nii.gz")
+    chosen = ["--set", "segment.threshold=0.01", "--set", "segment.lungs_only=false", "--probability"]
+    code, out, err = predict("P1/a.nii.gz", "P2/a.nii.gz", *chosen)
+    assert (code, len(out)) == (0, 2)
+    for name in ("P1/a", "P2/a"):
+        said = json.loads((here / "out" / id_of(name) / "nodules.json").read_text())
+        assert said["settings"]["threshold"] == 0.01
+        assert said["warnings"]
+        labels = sitk.GetArrayFromImage(sitk.ReadImage(str(here / "out" / id_of(name) / "nodules.nii.gz")))
+        assert sorted(set(labels.ravel().tolist()) - {0}) == [one["label"] for one in said["nodules"]] == [1]
+        assert (here / "out" / id_of(name) / "probability.nii.gz").exists()
+    for wrong, told in (("train.epochs=3", "setting-fixed"), ("segment.threshold=7", "field-invalid")):
+        code, out, err = predict("P1/a.nii.gz", "--set", wrong)
+        assert (code, out) == (2, [])
+        assert told in err[0]
+
+
 def test_where_no_scan_can_be_used_the_code_is_2_and_no_network_is_loaded(
     predict: Callable[..., Ended], here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from lungseg.config import Recipe, field_names, load_recipe, parse_recipe
+from lungseg.config import Recipe, field_names, load_recipe, parse_recipe, resegmented
 from lungseg.errors import ConfigError
 
 RECIPES = sorted((ROOT / "jobs" / "recipes").glob("*.yaml"))
@@ -244,3 +244,17 @@ def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, content: bytes, cod
 def test_a_recipe_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="recipe-missing"):
         load_recipe(tmp_path / "none.yaml")
+
+
+def test_of_a_trained_network_only_segment_can_be_set_anew() -> None:
+    recipe = load_recipe(None, ["model.depth=3", "segment.overlap=0.5"])
+    changed = resegmented(recipe, ["segment.threshold=0.3", "segment.mirror=true"])
+    assert (changed.segment.threshold, changed.segment.mirror, changed.segment.overlap) == (0.3, True, 0.5)
+    assert changed.model == recipe.model
+    for other in ("model.depth=4", "segment", "segments.threshold=0.3", "data.spacing_mm=[1, 1, 1]"):
+        with pytest.raises(ConfigError, match="setting-fixed"):
+            resegmented(recipe, [other])
+    with pytest.raises(ConfigError, match=r"field-invalid.*segment\.threshold"):
+        resegmented(recipe, ["segment.threshold=2"])
+    with pytest.raises(ConfigError, match="field-unknown"):
+        resegmented(recipe, ["segment.treshold=0.3"])

@@ -16,7 +16,7 @@ from lungseg.config import PairsConfig
 from lungseg.errors import DataError, LungsegError
 from lungseg.scan.dicom import read_series
 from lungseg.scan.identity import case_id, case_key, scan_id
-from lungseg.segment.inputs import Input, case_name, find_inputs, read_inputs, require_inputs
+from lungseg.segment.inputs import Input, case_name, case_names, find_inputs, read_inputs, require_inputs
 from lungseg.segment.outputs.nifti import require_own
 from lungseg.sources.pairs import find_cases
 
@@ -116,10 +116,22 @@ def test_what_cannot_be_read_goes_to_refuse_and_the_rest_goes_on(tmp_path: Path)
 def test_inputs_that_are_not_there_or_share_a_name_are_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="input-missing"):
         require_inputs([tmp_path, tmp_path / "nowhere"])
-    for folder in ("P1/CT", "P2/CT"):
-        (tmp_path / folder).mkdir(parents=True)
-    with pytest.raises(DataError, match=r"input-ambiguous \(names=CT\)"):
-        require_inputs([tmp_path / "P1/CT", tmp_path / "P2/CT"])
+    with pytest.raises(DataError, match="input-ambiguous"):
+        require_inputs([tmp_path, tmp_path / "." / ""])
+
+
+def test_inputs_that_share_a_name_take_their_parents(tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("P1/CT", "P2/CT", "a/P1/CT", "b.nii", "c/scan.nii", "c/scan.mha")]
+    names = case_names(paths)
+    assert names[1:4] == ["P2/CT", "a/P1/CT", "b"]
+    assert names[0] == f"{tmp_path.name}/P1/CT"
+    assert names[4] == names[5]
+    assert case_names(paths[:2]) == ["P1/CT", "P2/CT"]
+    for path in paths[:2]:
+        write(path)
+    require_inputs(paths[:2])
+    found = [one.case_id for one, _ in read_inputs(paths[:2], KEY, None, lambda *_: None, lambda *_: None)]
+    assert found == [case_id("P1/CT", KEY), case_id("P2/CT", KEY)]
 
 
 def test_a_scan_is_known_by_its_voxels_and_its_place_alone(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from lungseg.errors import DataError
 from lungseg.scan.dicom import read_series
 from lungseg.scan.volume import Geometry, Volume, read_geometry, read_labels
 from lungseg.segment.outputs.nifti import write
-from lungseg.segment.predict import Segmentation, segment
+from lungseg.segment.predict import Segmentation, confidences, segment
 
 SHARED = Path(__file__).parents[2].parent / "shared/data"
 RECIPE = parse_recipe({"segment": {"window_zyx": [64, 64, 64]}})
@@ -66,6 +66,8 @@ def test_a_ball_comes_back_at_its_patient_coordinate_and_size() -> None:
     assert found.geometry == volume.geometry
     assert found.labels.shape == volume.volume_hu.shape
     assert len(np.unique(found.labels)) == 2
+    assert found.nodules[0].confidence == pytest.approx(1, abs=0.05)
+    assert found.nodules[0].side == "left"
     (ball,) = found.nodules  # the one in the chest wall lies outside the lungs
     assert ball.centre_lps_mm == pytest.approx(tuple(BALL_MM), abs=0.3)
     assert ball.equivalent_diameter_mm == pytest.approx(12, abs=0.6)
@@ -128,6 +130,13 @@ def test_values_that_are_no_hu_are_warned_of_in_the_result(tmp_path: Path) -> No
     write(segment(dense, volume, RECIPE), tmp_path / "case", scan="s", run="r", checkpoint="1")
     said = json.loads((tmp_path / "case/nodules.json").read_text())
     assert said["warnings"] == ["the values are probably no HU: the lowest is 24"]
+
+
+def test_the_confidence_is_that_of_the_best_candidate_in_a_nodule() -> None:
+    labels = np.array([[[1, 1, 1, 0, 2, 0, 3]]])
+    candidates = np.array([[[1, 1, 2, 0, 0, 4, 3]]])
+    scores = np.array([0, 0.6, 0.9, 0.7, 1.0])
+    assert confidences(labels, candidates, scores) == {1: 0.9, 3: 0.7}
 
 
 def tiny(value: int) -> Segmentation:
