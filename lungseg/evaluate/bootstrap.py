@@ -9,7 +9,7 @@ same draws, so that what is hard for both cancels out.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,16 +48,22 @@ def resample(patients: Patients, replicates: int = REPLICATES, seed: int = 0) ->
     return drawn[:, of_scan]
 
 
-def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Statistic:
+@dataclass(frozen=True)
+class Ratio:
     """The sum over scans of one by that of the other: a mean over scans (`denominators` all 1), over nodules,
     or a rate."""
-    above, below = np.asarray(numerators, np.float64), np.asarray(denominators, np.float64)
 
-    def statistic(weights: np.ndarray) -> np.ndarray:
-        parts, wholes = weights @ above, weights @ below
+    numerators: tuple[float, ...]
+    denominators: tuple[float, ...]
+
+    def __call__(self, weights: np.ndarray) -> np.ndarray:
+        parts, wholes = weights @ np.array(self.numerators), weights @ np.array(self.denominators)
         return np.divide(parts, wholes, out=np.full(len(weights), np.nan), where=wholes != 0)
 
-    return statistic
+
+def ratio(numerators: Iterable[float], denominators: Iterable[float]) -> Ratio:
+    above, below = (tuple(float(one) for one in values) for values in (numerators, denominators))
+    return Ratio(above, below)
 
 
 def difference(a: Statistic, b: Statistic) -> Statistic:
