@@ -1,4 +1,5 @@
-"""Reaching Ray: the cluster of the job we run in, or a local one that listens on 127.0.0.1 only."""
+"""Reaching Ray: the cluster of the job we run in, or a local one that listens on 127.0.0.1 only; and tasks on
+it, one a scan or shard."""
 
 from __future__ import annotations
 
@@ -11,12 +12,12 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from lungseg.errors import ConfigError
-from lungseg.telemetry import Relay, log, waiting
+from lungseg.errors import ConfigError, LungsegError
+from lungseg.telemetry import Progress, Relay, log, waiting
 
 # Read when Ray is imported. Under `uv run`, Ray would ship the working folder and build a second
 # virtual environment for its workers; ours have the same one already.
@@ -153,3 +154,44 @@ def _start_local(ray: Any) -> None:
                 raise
             log("cluster").warning("Ray did not start in time, trying again: %s", error)
             ray.shutdown()
+
+
+def on_cluster() -> bool:
+    """Whether `connect` would join a cluster rather than start a Ray of our own."""
+    return os.environ.get("RAY_ADDRESS", "local") not in ("", "local")
+
+
+def run_tasks(
+    function: Callable[..., Any],
+    tasks: Sequence[tuple[Any, ...]],
+    memory_bytes: int,
+    progress: Progress = lambda done, total: None,
+    on_result: Callable[[Any], None] = lambda result: None,
+    gpus: bool = False,
+) -> list[Any]:
+    """The results of Ray tasks in the order of `tasks`, each handed to `on_result` as it comes; a task
+    whose worker dies is done again. With `gpus` each has a GPU, where the cluster has any.
+
+    What a task raises is raised as it is; those that wait are then given up.
+    """
+    ray = connect()
+    # A task that asks for more than any node has would wait for ever.
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    memory = int(min(memory_bytes, max(node.get("memory", 0) for node in nodes)))
+    gpu = int(gpus and any(node.get("GPU", 0) >= 1 for node in nodes))
+    remote = ray.remote(num_cpus=1, num_gpus=gpu, memory=memory, max_retries=3)(function)
+    all_of_them = pending = [remote.remote(*arguments) for arguments in tasks]
+    progress(0, len(tasks))
+    try:
+        while pending:
+            ready, pending = ray.wait(pending)
+            for result in ray.get(ready):
+                on_result(result)
+            progress(len(tasks) - len(pending), len(tasks))
+        results: list[Any] = ray.get(all_of_them)
+    except Exception as error:
+        raise LungsegError.find_in(error) or error from None
+    finally:
+        for reference in pending:
+            ray.cancel(reference)
+    return results

@@ -13,7 +13,9 @@ from typing import Any
 from lungseg.config import Recipe, parse_recipe
 from lungseg.dataset.manifest import Manifest
 from lungseg.dataset.prepare import prepare
+from lungseg.errors import LungsegError
 from lungseg.runs.best import Best
+from lungseg.runs.run import load_published
 from lungseg.sources import lidc
 from lungseg.sources.phantom.write import write_phantom
 from lungseg.storage import Store, keys, open_store, to_json
@@ -81,11 +83,15 @@ def _score(
     with _stage("evaluate", seconds):
         with quiet_tensorflow():
             from lungseg.evaluate.protocol import evaluate_split
-            from lungseg.runs.export import load_best
+            from lungseg.runs.export import load_network
 
-            best = load_best(store, NAME)
+            published = load_published(store, NAME)
+            best = load_network(store, published)
         with progress("test scans evaluated") as report:
-            result = evaluate_split(store, manifest, best, "test", out / "evaluation", report)
+            folder = out / "evaluation"
+            result = evaluate_split(
+                store, manifest, published, best.predict, "test", folder, report, _refuse, baseline=True
+            )
     with _stage("predict", seconds), progress("windows") as report:
         from lungseg.scan.dicom import read_series
         from lungseg.scan.identity import scan_id
@@ -107,6 +113,10 @@ def _score(
     }
     kept.write_bytes(to_json(scores))
     return scores
+
+
+def _refuse(case_id: str, error: LungsegError) -> None:
+    raise error
 
 
 def _say(text: str) -> None:

@@ -10,7 +10,7 @@ import typer
 
 from lungseg.cli.app import app
 from lungseg.cli.ends import Refused
-from lungseg.cli.options import STORE, Out, RunName, Series, StoreUri
+from lungseg.cli.options import STORE, Out, Overrides, RunName, Series, StoreUri
 
 if TYPE_CHECKING:
     from lungseg.scan.volume import Volume
@@ -22,24 +22,35 @@ def evaluate(
     out: Out,
     store: StoreUri = STORE,
     split: Annotated[str, typer.Option(help="val or test.")] = "test",
+    overrides: Overrides = None,
+    baseline: Annotated[
+        bool, typer.Option("--baseline", help="Score a mere threshold of HU beside the network.")
+    ] = False,
 ) -> None:
-    """Score the best checkpoint on whole held-out scans."""
-    from lungseg.runs.run import load_run_data
+    """Score the best checkpoint on whole held-out scans; --set takes settings of segment.
+
+    Probabilities are kept in the store: other thresholds need no network. A scan that cannot be used is
+    named, and the exit code is then 3.
+    """
+    from dataclasses import replace
+
+    from lungseg.config import resegmented
+    from lungseg.evaluate.protocol import Network, evaluate_split
+    from lungseg.runs.run import load_published, load_run_data
     from lungseg.storage import open_store
-    from lungseg.telemetry import progress, quiet_tensorflow
+    from lungseg.telemetry import progress
 
-    opened = open_store(store)
+    opened, refused = open_store(store), Refused()
     manifest = load_run_data(opened, run)
-    manifest.require_held_out(split)  # a wrong split is told before TensorFlow takes its seconds
-    with quiet_tensorflow():
-        from lungseg.evaluate.protocol import evaluate_split
-        from lungseg.runs.export import load_best
-
-        best = load_best(opened, run)
+    manifest.require_held_out(split)
+    model = load_published(opened, run)
+    model = replace(model, recipe=resegmented(model.recipe, overrides or []))
+    network = Network(opened, model)
     with progress("scans") as report:
-        result = evaluate_split(opened, manifest, best, split, out, report)
+        result = evaluate_split(opened, manifest, model, network, split, out, report, refused, baseline)
     print(result.text.read_text(encoding="utf-8"), end="")
-    print(f"{result.text}\n{result.json}")
+    print(f"{result.text}\n{result.json}\n{store.rstrip('/')}/{result.key}")
+    refused.end(some_done=True)
 
 
 @app.command()

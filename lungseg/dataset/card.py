@@ -159,13 +159,13 @@ def picture(patch: Patch) -> dict[str, Any]:
         "nodule_id": patch.nodule_id,
         "width_mm": width_mm,
         "height_mm": height_mm,
-        "png": base64.b64encode(_png(patch.image_hu[z])).decode(),
-        "target": _outlines(target[z], patch.spacing_mm),
-        "ignore": _outlines(patch.mask[z] == IGNORE, patch.spacing_mm),
+        "png": base64.b64encode(png(patch.image_hu[z])).decode(),
+        "target": outlines(target[z], patch.spacing_mm),
+        "ignore": outlines(patch.mask[z] == IGNORE, patch.spacing_mm),
     }
 
 
-def _png(image_hu: np.ndarray) -> bytes:
+def png(image_hu: np.ndarray) -> bytes:
     from PIL import Image
 
     low, high = WINDOW_HU
@@ -175,7 +175,7 @@ def _png(image_hu: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def _outlines(mask: np.ndarray, spacing_mm: tuple[float, float, float]) -> str:
+def outlines(mask: np.ndarray, spacing_mm: tuple[float, float, float]) -> str:
     """Where the mask crosses 0.5, as an SVG path in mm from the corner of the first pixel."""
     from skimage.measure import find_contours
 

@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
-from typing import Any
 
 import numpy as np
 
-from lungseg.cluster import connect
+from lungseg.cluster import run_tasks
 from lungseg.config import DataConfig
 from lungseg.dataset import shards
 from lungseg.dataset.card import write_card
@@ -214,7 +213,7 @@ def _scans(
         if isinstance(result, tuple):
             log("data").warning("scan %s is broken: %s", *result)
 
-    found = _parallel(_scan_task, tasks, SCAN_BYTES, progress, show)
+    found = run_tasks(_scan_task, tasks, SCAN_BYTES, progress, show)
     done = [one for one in found if isinstance(one, Prepared)]
     broken: dict[str, LungsegError] = dict(one for one in found if isinstance(one, tuple))
     return sorted(done, key=lambda d: d.case_id), dict(sorted(broken.items()))
@@ -228,39 +227,6 @@ def _scan_task(
         return prepare_scan(store, name, case, split, config)
     except (DataError, GeometryError) as error:
         return case.case_id, error
-
-
-def _parallel(
-    function: Callable[..., Any],
-    tasks: Sequence[tuple[Any, ...]],
-    memory_bytes: int,
-    progress: Progress = lambda done, total: None,
-    on_result: Callable[[Any], None] = lambda result: None,
-) -> list[Any]:
-    """The results of Ray tasks in the order of `tasks`, each handed to `on_result` as it comes; a task
-    whose worker dies is done again.
-
-    What a task raises is raised as it is; those that wait are then given up.
-    """
-    ray = connect()
-    # A task that asks for more than any node has would wait for ever.
-    largest = max(node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"])
-    remote = ray.remote(num_cpus=1, memory=int(min(memory_bytes, largest)), max_retries=3)(function)
-    all_of_them = pending = [remote.remote(*arguments) for arguments in tasks]
-    progress(0, len(tasks))
-    try:
-        while pending:
-            ready, pending = ray.wait(pending)
-            for result in ray.get(ready):
-                on_result(result)
-            progress(len(tasks) - len(pending), len(tasks))
-        results: list[Any] = ray.get(all_of_them)
-    except Exception as error:
-        raise LungsegError.find_in(error) or error from None
-    finally:
-        for reference in pending:
-            ray.cancel(reference)
-    return results
 
 
 def _shards(
@@ -290,7 +256,7 @@ def _shards(
         )
         for number, batches in enumerate(plan)
     ]
-    return tuple(_parallel(_shard_task, tasks, SHARD_BYTES))
+    return tuple(run_tasks(_shard_task, tasks, SHARD_BYTES))
 
 
 def _shard_task(

@@ -52,26 +52,36 @@ class StoredScan:
 
 
 def write_scan(store: Store, key: str, case_id: str, stored: StoredScan) -> StoredScanEntry:
-    """One Arrow IPC file of one row, zstd-compressed; geometry and truth are in the schema's metadata."""
+    """One Arrow IPC file of one row; geometry and truth are in the schema's metadata."""
     truth = stored.truth
     box = bounding_box(truth.numbers) or (slice(0, 1),) * 3
-    arrays = stored.volume.volume_hu, stored.numbers, truth.numbers[box]
-    columns: list[pa.Array] = [
-        pa.FixedShapeTensorArray.from_numpy_ndarray(np.ascontiguousarray(array).reshape(1, *array.shape))
-        for array in arrays
-    ]
     packed = [np.packbits(one.masks).tobytes() for one in truth.outlines.values()]
-    columns.append(pa.array([b"".join(packed)], pa.large_binary()))
-    metadata = {"geometry": asdict(stored.volume.geometry), "truth": _describe(truth, box)}
+    columns = {
+        "image": tensor(stored.volume.volume_hu),
+        "numbers": tensor(stored.numbers),
+        "own_numbers": tensor(truth.numbers[box]),
+        "outlines": pa.array([b"".join(packed)], pa.large_binary()),
+    }
+    data = pack_row(columns, {"geometry": asdict(stored.volume.geometry), "truth": _describe(truth, box)})
+    store.put(key, data)
+    return StoredScanEntry(case_id, key, len(data), hashlib.sha256(data).hexdigest(), format=FORMAT)
+
+
+def tensor(array: np.ndarray) -> pa.Array:
+    """A column of one row."""
+    whole = np.ascontiguousarray(array)
+    return pa.FixedShapeTensorArray.from_numpy_ndarray(whole.reshape(1, *whole.shape))
+
+
+def pack_row(columns: dict[str, pa.Array], metadata: dict[str, Any]) -> bytes:
+    """An Arrow IPC file of one row, zstd-compressed, with JSON in the schema's metadata."""
     texts = {name: json.dumps(tree) for name, tree in metadata.items()}
-    batch = pa.record_batch(columns, ["image", "numbers", "own_numbers", "outlines"], metadata=texts)
+    batch = pa.record_batch(list(columns.values()), list(columns), metadata=texts)
     sink = pa.BufferOutputStream()
     options = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", 1), use_threads=False)
     with pa.ipc.new_file(sink, batch.schema, options=options) as writer:
         writer.write_batch(batch)
-    data = sink.getvalue().to_pybytes()
-    store.put(key, data)
-    return StoredScanEntry(case_id, key, len(data), hashlib.sha256(data).hexdigest(), format=FORMAT)
+    return bytes(sink.getvalue())
 
 
 def _describe(truth: Truth, box: tuple[slice, ...]) -> dict[str, Any]:
@@ -103,7 +113,7 @@ def read_scan(store: Store, entry: StoredScanEntry) -> StoredScan:
     """Raises DataError("scan-corrupt") if the bytes are not those that were written."""
     row, metadata = _read(store, entry, None)
     image, numbers = (row.column(name).to_numpy_ndarray()[0] for name in ("image", "numbers"))
-    volume = Volume(image, _geometry(json.loads(metadata[b"geometry"])))
+    volume = Volume(image, geometry_of(json.loads(metadata[b"geometry"])))
     return StoredScan(volume, numbers, _truth(row, metadata))
 
 
@@ -126,7 +136,7 @@ def _read(
 
 def _truth(row: pa.RecordBatch, metadata: dict[bytes, bytes]) -> Truth:
     tree = json.loads(metadata[b"truth"])
-    geometry = _geometry(tree["geometry"])
+    geometry = geometry_of(tree["geometry"])
     part = row.column("own_numbers").to_numpy_ndarray()[0]
     numbers = np.zeros(geometry.shape_zyx, np.int16)
     ends = zip(tree["first_zyx"], part.shape, strict=True)
@@ -142,6 +152,6 @@ def _truth(row: pa.RecordBatch, metadata: dict[bytes, bytes]) -> Truth:
     return Truth(geometry, numbers, nodules, regions, outlines)
 
 
-def _geometry(tree: dict[str, Any]) -> Geometry:
+def geometry_of(tree: dict[str, Any]) -> Geometry:
     tree["direction_lps"] = map(tuple, tree["direction_lps"])
     return Geometry(**{name: tuple(value) for name, value in tree.items()})

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 
-import cc3d
 import numpy as np
-from scipy import ndimage
 
 from lungseg.config import SegmentConfig
-from lungseg.evaluate import metrics
-from lungseg.segment.postprocess import components
-
-CROP_MM = 64.0
+from lungseg.dataset.stored_scans import StoredScan
+from lungseg.evaluate.kept import Prediction, union
+from lungseg.evaluate.marks import Detection, detect
+from lungseg.evaluate.matching import Matching, match, overlap
+from lungseg.evaluate.metrics import EPSILON
+from lungseg.evaluate.nodule import NoduleScore, score_nodules
+from lungseg.scan.volume import bounding_box
 
 
 @dataclass(frozen=True)
@@ -22,13 +23,17 @@ class CaseResult:
     """One scan. None where a number has no meaning: nodule numbers of a scan without nodules.
 
     `dice`, `mean_iou` and `accuracy` compare the whole scan's final mask (thresholded, small components
-    gone); `soft_dice`, `loss` (1 - soft_dice) and `cross_entropy` compare the probabilities.
-    `per_nodule_dice` is the mean over nodules of the Dice with the components that touch each, misses as 0.
-    `crop_dice` is the mean over nodules of the Dice in a cube of 64 mm around each.
-    `false_positives` are components that touch neither nodule nor ignore region.
+    gone) with the truth, on the scan's own grid; `soft_dice`, `loss` (1 - soft_dice) and `cross_entropy`
+    compare the probabilities, on the grid that the network works on. `per_nodule_dice` is the mean over
+    nodules of the Dice with the components that touch each, misses as 0. `crop_dice` is the mean over nodules
+    of the Dice in a cube of 64 mm around each. `false_positives` are components that touch neither nodule nor
+    ignore region. `both_empty`: neither nodule nor component, where a Dice is a convention. Matchings are one
+    to one, at an IoU above 0.1 and 0.5; `rows` are the nodules. `voxels` counts those that count, in the
+    truth, in the mask and in both.
     """
 
     case_id: str
+    patient: int
     loss: float
     accuracy: float
     mean_iou: float
@@ -41,66 +46,87 @@ class CaseResult:
     crop_dice: float | None
     components: int
     false_positives: int
+    both_empty: bool
+    voxels: Mapping[str, int]
+    matching: Matching
+    matching_half: Matching
+    detection: Detection
+    rows: tuple[NoduleScore, ...]
+
+    def figures(self) -> dict[str, float | int | str | bool | None]:
+        """The plain ones, by name."""
+        found = ((one.name, getattr(self, one.name)) for one in fields(self))
+        return {name: value for name, value in found if isinstance(value, str | int | float | None)}
 
 
 def evaluate_case(
-    probability: np.ndarray,
-    mask: np.ndarray,
-    ignore: np.ndarray,
-    spacing_mm: tuple[float, float, float],
-    config: SegmentConfig,
-    *,
-    lungs: np.ndarray | None = None,
-    case_id: str = "",
+    stored: StoredScan, prediction: Prediction, config: SegmentConfig, case_id: str = "", patient: int = 0
 ) -> CaseResult:
-    """Score one scan. All arrays are [z, y, x] on one grid of `spacing_mm` (z, y, x).
-
-    The probability becomes a mask as `lungseg predict` makes it, with the same `lungs`. A nodule of the
-    reference is a 26-connected component of `mask` outside `ignore`, detected if a component touches it.
-    Raises GeometryError("shape-mismatch").
-    """
-    labels = components(probability, config, spacing_mm, lungs)
-    predicted = labels > 0
-    soft_dice = metrics.soft_dice(mask, probability, ignore)
-    nodule_labels = cc3d.connected_components((mask != 0) & (ignore == 0), connectivity=26).astype(np.int32)
-    nodule_dices = metrics.per_nodule_dice(nodule_labels, labels, ignore)
-    true_or_ignored = np.unique(labels[(mask != 0) | (ignore != 0)])
-    found = int(labels.max(initial=0))
+    """Score one scan; its mask is the one that `lungseg predict` makes, on the scan's own grid."""
+    truth = stored.truth
+    labels, covered = prediction.own_labels(truth.geometry, config)
+    box = union([one for one in (covered, bounding_box(truth.numbers)) if one]) or (slice(0, 1),) * 3
+    labels, numbers = labels[box], truth.numbers[box]
+    counted = overlap(np.maximum(numbers, 0), labels, numbers < 0)
+    rows = score_nodules(truth, prediction, box, labels, counted, match(counted))
+    loss, cross_entropy = _of_probabilities(stored, prediction)
+    voxels = {
+        "counted": int(np.count_nonzero(truth.numbers >= 0)),
+        "truth": int(counted.nodule_voxels.sum()),
+        "predicted": int(counted.component_voxels.sum()),
+        "both": int(counted.shared.sum()),
+    }
     return CaseResult(
         case_id=case_id,
-        loss=1 - soft_dice,
-        accuracy=metrics.accuracy(mask, predicted, ignore),
-        mean_iou=metrics.mean_iou(mask, predicted, ignore),
-        dice=metrics.dice(mask, predicted, ignore),
-        soft_dice=soft_dice,
-        cross_entropy=metrics.binary_cross_entropy(mask, probability, ignore),
-        nodules=len(nodule_dices),
-        detected=sum(score > 0 for score in nodule_dices),
-        per_nodule_dice=mean_or_none(nodule_dices),
-        crop_dice=mean_or_none(_crop_dices(nodule_labels, predicted, mask, ignore, spacing_mm)),
-        components=found,
-        false_positives=found - int(np.count_nonzero(true_or_ignored)),
+        patient=patient,
+        loss=loss,
+        soft_dice=1 - loss,
+        cross_entropy=cross_entropy,
+        **_of_masks(**voxels),
+        voxels=voxels,
+        nodules=len(rows),
+        detected=int(counted.shared.any(axis=1).sum()),
+        per_nodule_dice=mean_or_none([row.touching_dice for row in rows]),
+        crop_dice=mean_or_none([row.crop_dice for row in rows]),
+        components=len(counted.components),
+        false_positives=int((~counted.shared.any(axis=0) & (counted.ignored_voxels == 0)).sum()),
+        both_empty=not len(counted.nodules) and not len(counted.components),
+        matching=match(counted, 0.1),
+        matching_half=match(counted, 0.5),
+        detection=detect(stored, prediction, config, rows),
+        rows=rows,
     )
 
 
-def _crop_dices(
-    nodule_labels: np.ndarray,
-    predicted: np.ndarray,
-    mask: np.ndarray,
-    ignore: np.ndarray,
-    spacing_mm: tuple[float, float, float],
-) -> list[float]:
-    """Dice in a cube of CROP_MM about the middle of each nodule's box, clipped at the scan's border."""
-    scores = []
-    for box in ndimage.find_objects(nodule_labels):
-        middles = [(side.start + side.stop) / 2 for side in box]
-        halves = [CROP_MM / 2 / spacing for spacing in spacing_mm]
-        cube = tuple(
-            slice(max(0, round(middle - half)), round(middle + half))
-            for middle, half in zip(middles, halves, strict=True)
-        )
-        scores.append(metrics.dice(mask[cube], predicted[cube], ignore[cube]))
-    return scores
+def _of_masks(counted: int, truth: int, predicted: int, both: int) -> dict[str, float]:
+    """Of the whole masks, by their voxels: as in `metrics`."""
+    either = truth + predicted - both
+    iou, background = (
+        part / whole if whole else 1.0 for part, whole in ((both, either), (counted - either, counted - both))
+    )
+    return {
+        "dice": 2 * both / (either + both) if either else 1.0,
+        "mean_iou": (iou + background) / 2,
+        "accuracy": 1 - (either - both) / counted if counted else 1.0,
+    }
+
+
+def _of_probabilities(stored: StoredScan, prediction: Prediction) -> tuple[float, float]:
+    """1 - soft Dice, and the cross-entropy, as in `metrics`: what lies beyond the prediction has
+    probability 0."""
+    box = prediction.box_in(stored.volume.geometry)
+    truth, counted = stored.numbers[box] > 0, stored.numbers[box] >= 0
+    probability = prediction.probability.astype(np.float32)
+    both = probability.sum(where=truth, dtype=np.float64)
+    nodule_voxels = np.count_nonzero(stored.numbers > 0)
+    total = probability.sum(where=counted, dtype=np.float64) + nodule_voxels
+    of_truth = np.clip(np.where(truth, probability, 1 - probability), EPSILON, 1 - EPSILON)
+    nats = -np.log(of_truth).sum(where=counted, dtype=np.float64)
+    voxels = np.count_nonzero(stored.numbers >= 0)
+    missed = nodule_voxels - np.count_nonzero(truth)
+    silent = voxels - np.count_nonzero(counted) - missed
+    nats -= missed * math.log(EPSILON) + silent * math.log1p(-EPSILON)
+    return float(1 - (2 * both / total if total else 1.0)), float(nats / voxels) if voxels else 0.0
 
 
 def mean_or_none(values: Sequence[float]) -> float | None:

@@ -1,136 +1,182 @@
-"""The report of a split, as text for people and JSON for scripts."""
+"""The report of a split: text for people, JSON for scripts, a page with charts, and tables."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict
-from datetime import UTC, datetime
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lungseg import __version__
-from lungseg.dataset.case import Nodule
 from lungseg.errors import DataError
-from lungseg.evaluate.case import CaseResult
+from lungseg.show import table
 
-READER_CEILING = {"reader_to_reader_dice": 0.75, "reader_to_consensus_dice": 0.86}
+SCHEMA_VERSION = 2
+"""Of the JSON: 1 had no version, no nodules and no intervals."""
 
-
-def reader_ceiling(nodules: Iterable[Nodule]) -> dict[str, float] | None:
-    """LIDC-IDRI's figures where the nodules were marked by readers as there; None for any other data."""
-    return READER_CEILING if any(nodule.readers for nodule in nodules) else None
-
-
-def write_report(
-    results: Sequence[CaseResult],
-    summary: dict[str, float | int | None],
-    out: Path,
-    run: str,
-    split: str,
-    ceiling: dict[str, float] | None,
-    extra: dict[str, Any],
-) -> tuple[Path, Path]:
-    """Write evaluation-<UTC stamp>.txt, for people, and the same as .json into `out`; their two paths.
-
-    `ceiling` is what `reader_ceiling` says of the data; `extra` holds further facts by name (the baseline's
-    summary, the checkpoint). NaN and infinity become null. Raises DataError("output-unwritable").
-    """
-    created = datetime.now(UTC)
-    report = {
-        "software": f"lungseg {__version__}",
-        "created_utc": created.isoformat(timespec="seconds"),
-        "run": run,
-        "split": split,
-        "summary": summary,
-        "reader_ceiling": ceiling,
-        "extra": extra,
-        "cases": [asdict(result) for result in results],
-    }
-    stem = f"evaluation-{created:%Y%m%dT%H%M%SZ}"
-    text = out / f"{stem}.txt", _as_text(results, summary, report)
-    machine = out / f"{stem}.json", json.dumps(_finite(report), indent=2, allow_nan=False) + "\n"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        for path, content in (text, machine):
-            temporary = path.with_name(f".{os.getpid()}-{path.name}")
-            temporary.write_text(content, encoding="utf-8")
-            os.replace(temporary, path)
-    except OSError as error:
-        raise DataError("output-unwritable", folder=out, remedy=f"choose another --out ({error})") from error
-    return text[0], machine[0]
-
-
-_HEADLINES = {
+HEADLINES = {
+    "dice": "Dice (full scan, per case)",
+    "dice_without_empty_scans": "Dice (full scan, empty against empty left out)",
+    "soft_dice": "soft Dice (of probabilities, working grid)",
+    "cross_entropy": "cross-entropy (nats a voxel, working grid)",
+    "per_nodule_dice": "per-nodule Dice (all components that touch, misses as 0)",
+    "dice_misses_as_0": "per-nodule Dice (one to one, misses as 0)",
+    "dice_errors_as_0": "per-nodule Dice (false positives as 0 too)",
+    "crop_dice": "nodule-crop Dice (64 mm cube)",
+    "sensitivity": "nodules touched by a component (share)",
+    "false_positives_per_scan": "false positives a scan",
+    "f1": "F1 = RQ (one to one, IoU > 0.1)",
+    "sq": "SQ (mean IoU of pairs)",
+    "pq": "PQ = F1 x SQ",
+    "f1_at_iou_half": "F1 = RQ (one to one, IoU > 0.5)",
+    "pq_at_iou_half": "PQ (IoU > 0.5)",
+    "surface_dice_1mm": "surface Dice at 1 mm (misses as 0)",
+    "surface_dice_2mm": "surface Dice at 2 mm (misses as 0)",
+    "hd95_mm": "HD95, mm (found nodules)",
+    "mean_surface_mm": "mean surface distance, mm (found nodules)",
+    "volume_error_mm3": "volume error, mm3 (found nodules)",
+    "volume_error_share": "volume error (share of the truth)",
+    "absolute_volume_error_share": "volume error without its sign",
+    "diameter_error_mm": "error of the longest axial diameter, mm",
+    "reader_with_reader": "Dice of a reader with another",
+    "model_with_reader": "Dice of the model with a reader",
+    "reader_with_others": "Dice of a reader with the others' consensus",
+    "model_with_others": "Dice of the model in the same place",
+    "model_minus_reader": "model minus reader there",
+}
+SEED_FIGURES = {
     "loss": "loss (1 - soft Dice)",
     "accuracy": "accuracy (full scan)",
     "mean_iou": "mean IoU (nodule and background, thresholded)",
     "dice": "Dice (full scan, per case)",
-    "soft_dice": "soft Dice (full scan, of probabilities)",
-    "cross_entropy": "cross-entropy (nats a voxel)",
-    "per_nodule_dice": "per-nodule Dice (misses as 0)",
-    "crop_dice": "nodule-crop Dice (64 mm cube)",
-    "sensitivity": "nodules detected (share)",
-    "false_positives_per_scan": "false positives a scan",
 }
-
-
-_COLUMNS = (
-    "loss",
-    "accuracy",
-    "mean_iou",
-    "dice",
-    "per_nodule_dice",
-    "crop_dice",
-    "nodules",
-    "detected",
-    "false_positives",
+SEED_NOTE = (
+    "The seed project gave these four as Keras averages them over batches, its MeanIoU of raw sigmoids; here "
+    "they are means over whole scans, mean IoU and Dice of the final mask."
 )
+_COLUMNS = ("dice", "per_nodule_dice", "crop_dice", "nodules", "detected", "false_positives")
 
 
-def _as_text(
-    results: Sequence[CaseResult], summary: dict[str, float | int | None], report: dict[str, Any]
-) -> str:
+def as_text(tree: Mapping[str, Any]) -> str:
+    intervals = tree["intervals"]
+    parts = [
+        f"Evaluation of run {tree['run']} on split {tree['split']}: {len(tree['cases'])} scans, "
+        f"{tree['patients']} patients, {tree['summary']['nodules']} nodules",
+        f"{tree['software']}, {tree['created_utc']}, checkpoint {tree['checkpoint']}",
+        *(f"left out, could not be used: {one['case_id']} ({one['code']})" for one in tree["left_out"]),
+        "",
+        f"Masks on the scan's own grid; in brackets {intervals['level']:.0%} intervals over patients.",
+        *(["Of so few patients the intervals mean little."] if intervals["means_little"] else []),
+        _figures(intervals["figures"], HEADLINES),
+        _empty(tree["empty_against_empty"]),
+        "",
+        "Detection: sensitivity at false positives a scan",
+        _detection(tree["detection"]),
+        "",
+        *_calibration(tree["calibration"]),
+        *_strata(tree["strata"]),
+        _figures(intervals["figures"], SEED_FIGURES),
+        SEED_NOTE,
+        "",
+        *(f"{key}: {json.dumps(value)}" for key, value in tree["extra"].items()),
+        _cases(tree["cases"]),
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def _figures(found: Mapping[str, Mapping[str, Any]], titles: Mapping[str, str]) -> str:
+    return "\n".join(f"{title:<58}{_between(found[name])}" for name, title in titles.items() if name in found)
+
+
+def _empty(empty: Mapping[str, Any]) -> str:
+    return (
+        f"{empty['scans']} scans have neither nodule nor prediction: a Dice of 1 in the first line, of NaN, "
+        "as in nnU-Net,\nin the second, where they are left out."
+    )
+
+
+def _detection(detection: Mapping[str, Any]) -> str:
+    titles = {"luna16": "LUNA16 (within the radius)", "overlap": "nnDetection (IoU > 0.1)"}
+    luna16 = detection["luna16"]
+    rows = []
+    for rule, title in titles.items():
+        sensitivity, cpm = detection[rule]["sensitivity"].values(), detection[rule]["cpm"]
+        rows.append([title, *map(show, sensitivity), _between(cpm)])
+    by_score = ", ".join(f"{kind} {show(value)}" for kind, value in detection["cpm_by_score"].items())
     lines = [
-        f"Evaluation of run {report['run']} on split {report['split']}: {len(results)} scans",
-        f"{report['software']}, {report['created_utc']}",
-        "",
-        *(f"{title:<48}{_show(summary[key])}" for key, title in _HEADLINES.items()),
-        "",
-        *_ceiling_as_text(report["reader_ceiling"]),
-        *(f"{key}: {json.dumps(_finite(value))}" for key, value in report["extra"].items()),
-        "",
+        table(["rule", *luna16["sensitivity"], "CPM"], rows),
+        f"Candidates are ranked by segment.candidate_score={detection['score']}. CPM by each: {by_score}; "
+        "choose on val.",
+        f"One false positive a scan: candidates from {show(luna16['threshold_at_1_false_positive'])}.",
     ]
-    rows = [["case", *_COLUMNS]]
-    rows += [[result.case_id, *(_show(getattr(result, column)) for column in _COLUMNS)] for result in results]
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    for case_id, *numbers in rows:
-        cells = [number.rjust(width) for number, width in zip(numbers, widths[1:], strict=True)]
-        lines.append("  ".join([case_id.ljust(widths[0]), *cells]))
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
-def _ceiling_as_text(ceiling: dict[str, float] | None) -> list[str]:
-    if ceiling is None:
+def _calibration(found: Mapping[str, Any]) -> list[str]:
+    if not found:
         return []
-    reader, consensus = ceiling["reader_to_reader_dice"], ceiling["reader_to_consensus_dice"]
-    return [
-        f"Ceiling on LIDC-IDRI, Dice per nodule: one reader with another about {reader}, with the "
-        f"consensus about {consensus}."
+    return [f"Calibration of candidates: ECE {show(found['ece'])}, Brier {show(found['brier'])}", ""]
+
+
+def _strata(strata: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    columns = {
+        "sensitivity": "touched",
+        "cpm": "CPM",
+        "dice_misses_as_0": "Dice, misses as 0",
+        "surface_dice_1mm": "surface Dice 1 mm",
+        "absolute_volume_error_share": "volume error",
+        "reader_with_others": "reader with others",
+        "model_with_others": "model there",
+    }
+    rows = [
+        [title, str(one["nodules"]), *(_between(one.get(name)) for name in columns)]
+        for members in strata.values()
+        for title, one in members.items()
+        if one["nodules"]
     ]
+    return [table(["nodules", "count", *columns.values()], rows), ""] if rows else []
 
 
-def _show(value: float | int | None) -> str:
+def _cases(cases: list[dict[str, Any]]) -> str:
+    rows = [[one["case_id"], *(show(one[column]) for column in _COLUMNS)] for one in cases]
+    return table(["case", *_COLUMNS], rows)
+
+
+def _between(found: Mapping[str, Any] | float | None) -> str:
+    """A value, with its interval where it has one."""
+    if not isinstance(found, Mapping) or found["value"] is None:
+        return show(None if isinstance(found, Mapping) else found)
+    return f"{show(found['value'])} [{show(found['low'])}, {show(found['high'])}]"
+
+
+def show(value: float | int | str | None) -> str:
     if value is None:
         return "-"
-    return str(value) if isinstance(value, int) else f"{value:.4f}"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def to_strict_json(tree: Any) -> str:
+    """NaN and infinity become null."""
+    return json.dumps(_finite(tree), indent=2, allow_nan=False) + "\n"
+
+
+def write_files(out: Path, files: Mapping[str, bytes]) -> None:
+    """All into the folder `out`, each at once. Raises DataError("output-unwritable")."""
+    try:
+        for name, data in files.items():
+            path = out / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(f".{os.getpid()}-{path.name}")
+            temporary.write_bytes(data)
+            os.replace(temporary, path)
+    except OSError as error:
+        raise DataError("output-unwritable", folder=out, remedy=f"choose another --out ({error})") from error
 
 
 def _finite(value: Any) -> Any:
     """A copy that strict JSON can hold."""
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]

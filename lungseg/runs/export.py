@@ -12,12 +12,10 @@ import numpy as np
 import tensorflow as tf
 
 from lungseg.config import ModelConfig, Recipe
-from lungseg.config.stored import stored_recipe
-from lungseg.dataset.manifest import prepared_as
 from lungseg.model.precision import set_precision
 from lungseg.model.unet import build_unet, with_probability
 from lungseg.runs.checkpoint import Checkpoints, assign
-from lungseg.runs.run import load_run
+from lungseg.runs.run import Published, load_published
 from lungseg.storage import Store, keys
 
 
@@ -40,20 +38,21 @@ class BestModel:
 
 
 def load_best(store: Store, run: str) -> BestModel:
+    """Raises RunError("run-missing", "no-checkpoint" or "checkpoint-corrupt")."""
+    return load_network(store, load_published(store, run))
+
+
+def load_network(store: Store, published: Published) -> BestModel:
     """Rebuilt from its recipe and given verified weights; no foreign file is ever deserialised.
 
-    Raises RunError("run-missing", "no-checkpoint" or "checkpoint-corrupt").
+    Raises as `load_best`.
     """
-    found = load_run(store, run)
-    checkpoint = Checkpoints(store, keys.run_root(run)).read_best()
-    recipe = stored_recipe(checkpoint.state.recipe)
-    if not checkpoint.state.data:  # format 1: the recipe may contradict the data set, which is right
-        prepared = prepared_as(store, found.data, checkpoint.state.manifest_sha256)
-        recipe = recipe.model_copy(update={"data": prepared or recipe.data})
+    run, name, recipe = published.run, published.checkpoint, published.recipe
+    weights = Checkpoints(store, keys.run_root(run)).read(name, with_optimizer=False).weights
     set_precision(recipe.train)
     model = build_unet(recipe.model)
-    assign(model.weights, checkpoint.weights, checkpoint.name)
-    return BestModel(run, checkpoint.name, recipe, with_probability(model, recipe.model))
+    assign(model.weights, weights, name)
+    return BestModel(run, name, recipe, with_probability(model, recipe.model))
 
 
 def export_model(weights: Mapping[str, np.ndarray], config: ModelConfig) -> bytes:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from lungseg.config import Recipe
 from lungseg.config.stored import store_recipe, stored_recipe
-from lungseg.dataset.manifest import Manifest, load_manifest
+from lungseg.dataset.manifest import Manifest, load_manifest, prepared_as
 from lungseg.errors import DataError, RunError, StorageError
 from lungseg.runs.best import Best
 from lungseg.runs.checkpoint import STATE, WEIGHTS, Checkpoints
@@ -150,6 +150,28 @@ def load_run_data(store: Store, name: str) -> Manifest:
         remedy = "the held-out scans may be others now: train again on this data set"
         raise RunError("data-changed", run=name, data=data, remedy=remedy)
     return manifest
+
+
+@dataclass(frozen=True)
+class Published:
+    """The published checkpoint of a run, and the recipe that it was trained by."""
+
+    run: str
+    checkpoint: str
+    recipe: Recipe
+
+
+def load_published(store: Store, name: str) -> Published:
+    """Raises RunError("run-missing", "no-checkpoint" or "checkpoint-corrupt")."""
+    run = load_run(store, name)
+    checkpoints = Checkpoints(store, keys.run_root(name))
+    checkpoint = checkpoints.require_best().checkpoint
+    state = checkpoints.state(checkpoint)
+    recipe = stored_recipe(state.recipe)
+    if not state.data:  # format 1: the recipe may contradict the data set, which is right
+        prepared = prepared_as(store, run.data, state.manifest_sha256)
+        recipe = recipe.model_copy(update={"data": prepared or recipe.data})
+    return Published(name, checkpoint, recipe)
 
 
 def list_runs(store: Store) -> list[tuple[Run, Best | None]]:

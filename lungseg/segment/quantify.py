@@ -96,22 +96,35 @@ def quantify(
     lengthen the axes by half a voxel or so.
     """
     around = _Lungs.of(lungs, grid) if lungs is not None and lungs.any() and labels.any() else None
-    own = np.zeros(volume.geometry.shape_zyx, np.int32)
-    nodules: list[NoduleMeasurement] = []
+    own, placed = onto_scan(labels, probability, grid, volume.geometry, config.threshold)
+    nodules = []
+    for number, (label, level, surface) in enumerate(placed, 1):
+        hu = volume.volume_hu[level.box][own[level.box] == number].astype(np.float64)
+        one = _measure(number, level, surface, hu, volume, config, around)
+        nodules.append(replace(one, confidence=(confidence or {}).get(label)))
+    return own, nodules
+
+
+def onto_scan(
+    labels: np.ndarray, probability: np.ndarray, grid: Geometry, scan: Geometry, threshold: float
+) -> tuple[np.ndarray, list[tuple[int, LevelSet, _Surface]]]:
+    """The labels of `quantify` on the grid `scan`, and in their order what each was in `labels`, and its
+    surface."""
+    own = np.zeros(scan.shape_zyx, np.int32)
     surfaces: list[tuple[int, LevelSet, _Surface]] = []
     for label, box in enumerate(ndimage.find_objects(labels), 1):
-        level = box and level_set(probability, labels, box, label, config.threshold, grid, volume.geometry)
+        level = box and level_set(probability, labels, box, label, threshold, grid, scan)
         if level and level.voxels.any():
             surfaces.append((label, level, _Surface.of(level)))
-    for label, level, surface in sorted(surfaces, key=lambda one: -one[2].volume_mm3):
+    placed = []
+    for one in sorted(surfaces, key=lambda one: -one[2].volume_mm3):
+        _, level, _ = one
         room = own[level.box]
         mine = level.voxels & (room == 0)
         if mine.any():
-            room[mine] = len(nodules) + 1
-            hu = volume.volume_hu[level.box][mine].astype(np.float64)
-            one = _measure(len(nodules) + 1, level, surface, hu, volume, config, around)
-            nodules.append(replace(one, confidence=(confidence or {}).get(label)))
-    return own, nodules
+            placed.append(one)
+            room[mine] = len(placed)
+    return own, placed
 
 
 @dataclass(frozen=True)

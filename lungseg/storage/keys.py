@@ -109,6 +109,17 @@ def best_model(root: str) -> str:
     return f"{root}/best/model.keras"
 
 
+def evaluation(root: str, subject: str, file: str = "") -> str:
+    """A file of a report on `subject`, a checkpoint and a split; without one the prefix of them all."""
+    return f"{root}/evaluations/{subject}/{file}"
+
+
+def probabilities(root: str, subject: str, stem: str) -> str:
+    """What the network said of a held-out scan, kept so that other thresholds need no network. The key is a
+    prefix: the digest of the content follows."""
+    return evaluation(root, subject, f"probabilities/{stem}-")
+
+
 def claims(root: str) -> str:
     return f"{root}/claims/"
 

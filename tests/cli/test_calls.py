@@ -83,7 +83,7 @@ def test_without_arguments_there_is_help(
         ("prepare pairs", "--store --data --recipe --set --skip-broken"),
         ("train", "--store --data --run --recipe --set --resume --new"),
         ("tune", "--store --data --run --trials --recipe --set"),
-        ("evaluate", "--store --run --split --out"),
+        ("evaluate", "--store --run --split --out --set --baseline"),
         ("predict", "--store --run --out"),
         ("runs", "--store"),
         ("pull", "--store --run --out"),

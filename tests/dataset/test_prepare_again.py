@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 from helpers.painted import CONFIG, TREE, contents, labelled, of_data_sets, quiet, times, write_pairs
 
+from lungseg.cluster import run_tasks
 from lungseg.config import DataConfig, ShardConfig, SplitConfig
 from lungseg.dataset import shards
 from lungseg.dataset.cutting import cut_patches, to_grid
-from lungseg.dataset.prepare import _parallel, _shard_task, prepare
+from lungseg.dataset.prepare import _shard_task, prepare
 from lungseg.errors import DataError
 from lungseg.storage import open_store
 
@@ -150,7 +151,7 @@ def test_a_node_works_on_no_more_scans_at_once_than_its_memory_holds(ray_cluster
         return began, time.time()
 
     def at_once(memory_bytes: float) -> bool:
-        spans = sorted(_parallel(work, [(0,), (1,), (2,)], int(memory_bytes)))
+        spans = sorted(run_tasks(work, [(0,), (1,), (2,)], int(memory_bytes)))
         return any(begin < end for (_, end), (begin, _) in pairwise(spans))
 
     assert at_once(1)

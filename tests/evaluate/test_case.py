@@ -1,26 +1,22 @@
-"""The protocol's numbers on scans that can be counted by hand, and their report."""
+"""The protocol's numbers on scans that can be counted by hand."""
 
 from __future__ import annotations
 
-import json
-import re
-from dataclasses import replace
-from pathlib import Path
-
 import numpy as np
 import pytest
+from helpers.scored import labelled, numbered, said
 
 from lungseg.config import SegmentConfig
-from lungseg.dataset.case import Nodule
-from lungseg.errors import DataError, GeometryError
+from lungseg.dataset.cutting import to_grid
+from lungseg.errors import DataError
+from lungseg.evaluate import metrics
+from lungseg.evaluate.baseline import baseline_figures, threshold_baseline
 from lungseg.evaluate.case import CaseResult, evaluate_case
-from lungseg.evaluate.protocol import summarise, threshold_baseline
-from lungseg.evaluate.report import READER_CEILING, reader_ceiling, write_report
+from lungseg.evaluate.summary import summarise
 
 SHAPE = (40, 40, 120)
 MM = (1.0, 1.0, 1.0)
 CONFIG = SegmentConfig()
-CEILING = reader_ceiling([Nodule("n", (0.0, 0.0, 0.0), 8.0, 3)])
 
 
 def box(x: int, side: int = 4) -> np.ndarray:
@@ -33,8 +29,15 @@ def box(x: int, side: int = 4) -> np.ndarray:
 EMPTY = np.zeros(SHAPE, np.uint8)
 
 
-def score(probability: np.ndarray, mask: np.ndarray, ignore: np.ndarray = EMPTY) -> CaseResult:
-    return evaluate_case(probability.astype(np.float32), mask, ignore, MM, CONFIG, case_id="a")
+def score(
+    probability: np.ndarray,
+    mask: np.ndarray,
+    ignore: np.ndarray = EMPTY,
+    spacing_mm: tuple[float, float, float] = MM,
+    lungs: np.ndarray | None = None,
+) -> CaseResult:
+    stored = to_grid(labelled(numbered(mask, ignore), spacing_mm), spacing_mm)
+    return evaluate_case(stored, said(probability, stored, lungs), CONFIG, case_id="a")
 
 
 def test_the_truth_scores_full_marks() -> None:
@@ -64,7 +67,7 @@ def test_the_nodule_crop_is_64_mm_wide_on_any_spacing() -> None:
     truth, inside, outside = box(50), box(77), box(85)
     for spacing_mm, expected in (((1.0, 1.0, 1.0), (2 / 3, 1.0)), ((1.0, 1.0, 0.5), (2 / 3, 2 / 3))):
         for far, dice in zip((inside, outside), expected, strict=True):
-            result = evaluate_case((truth + far).astype(np.float32), truth, EMPTY, spacing_mm, CONFIG)
+            result = score(truth + far, truth, spacing_mm=spacing_mm)
             assert result.crop_dice == pytest.approx(dice)
 
 
@@ -97,13 +100,25 @@ def test_lungs_are_used_as_in_prediction() -> None:
     truth, lungs = box(10), np.zeros(SHAPE, np.uint8)
     lungs[:, :, :40] = 1
     probability = (truth + box(80)).astype(np.float32)
-    assert evaluate_case(probability, truth, EMPTY, MM, CONFIG, lungs=lungs).false_positives == 0
-    assert evaluate_case(probability, truth, EMPTY, MM, CONFIG).false_positives == 1
+    assert score(probability, truth, lungs=lungs).false_positives == 0
+    assert score(probability, truth).false_positives == 1
 
 
-def test_grids_that_differ_are_refused() -> None:
-    with pytest.raises(GeometryError, match="shape-mismatch"):
-        evaluate_case(np.zeros((4, 4, 4), np.float32), EMPTY, EMPTY, MM, CONFIG)
+def test_whole_scan_figures_are_those_of_the_metrics() -> None:
+    """Which take whole arrays, and so ten times the memory."""
+    random = np.random.default_rng(0)
+    mask, ignore, probability = random.random((3, 12, 14, 16))
+    mask, ignore = (mask > 0.8).astype(np.uint8), (ignore > 0.9).astype(np.uint8)
+    probability = probability.astype(np.float16)
+    stored = to_grid(labelled(numbered(mask, ignore), MM), MM)
+    everything = SegmentConfig(min_volume_mm3=0)
+    found = evaluate_case(stored, said(probability, stored), everything)
+    predicted = probability > 0.5
+    for name in ("dice", "mean_iou", "accuracy"):
+        assert getattr(found, name) == pytest.approx(getattr(metrics, name)(mask, predicted, ignore))
+    assert found.soft_dice == pytest.approx(metrics.soft_dice(mask, probability, ignore), abs=1e-6)
+    expected = metrics.binary_cross_entropy(mask, probability, ignore)
+    assert found.cross_entropy == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_summary_averages_scans_over_scans_and_nodules_over_nodules() -> None:
@@ -131,48 +146,9 @@ def test_the_baseline_marks_what_is_dense_within_the_lungs() -> None:
     np.testing.assert_array_equal(baseline, [[[0, 0, 1, 1, 0]]])
 
 
-def test_the_report_holds_every_number_under_its_name(tmp_path: Path) -> None:
-    results = [score(box(10), box(10)), replace(score(EMPTY, EMPTY), case_id="a-longer-name")]
-    extra = {"baseline": {"dice": 0.0123}, "broken": float("nan")}
-
-    text, machine = write_report(
-        results, summarise(results), tmp_path / "new", "run-1", "test", CEILING, extra
-    )
-
-    assert re.fullmatch(r"evaluation-\d{8}T\d{6}Z\.txt", text.name)
-    assert machine.name == text.name.replace(".txt", ".json")
-    assert sorted(tmp_path.rglob("*.*")) == sorted([text, machine])
-
-    said = json.loads(machine.read_text(), parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
-    assert (said["run"], said["split"], said["summary"]["dice"]) == ("run-1", "test", 1.0)
-    assert [case["case_id"] for case in said["cases"]] == ["a", "a-longer-name"]
-    assert said["cases"][1]["crop_dice"] is None
-    assert said["extra"] == {"baseline": {"dice": 0.0123}, "broken": None}
-    assert said["reader_ceiling"] == {"reader_to_reader_dice": 0.75, "reader_to_consensus_dice": 0.86}
-
-    lines = text.read_text().splitlines()
-    for name in ("loss", "accuracy", "mean IoU", "Dice (full scan", "nodule-crop Dice", "per-nodule Dice"):
-        assert sum(line.startswith(name) for line in lines) == 1
-    assert any("0.75" in line and "0.86" in line for line in lines)
-    header, *rows = lines[-3:]
-    assert header.split()[0] == "case"
-    assert len({len(line) for line in (header, *rows)}) == 1  # columns are aligned
-    assert [row.split()[4] for row in rows] == ["1.0000", "1.0000"]
-    assert header.split()[4] == "dice"
-
-
-def test_the_readers_of_lidc_are_no_ceiling_of_data_that_has_none(tmp_path: Path) -> None:
-    of_lidc, of_pairs = (Nodule("n", (0.0, 0.0, 0.0), 8.0, readers) for readers in (3, 0))
-    assert reader_ceiling([of_pairs, of_lidc]) == READER_CEILING
-    assert reader_ceiling([of_pairs]) is reader_ceiling([]) is None
-    results = [score(box(10), box(10))]
-    text, machine = write_report(results, summarise(results), tmp_path, "r", "test", None, {})
-    assert json.loads(machine.read_text())["reader_ceiling"] is None
-    assert "LIDC" not in text.read_text()
-
-
-def test_a_report_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    results = [score(EMPTY, EMPTY)]
-    with pytest.raises(DataError, match="output-unwritable"):
-        write_report(results, summarise(results), tmp_path / "file", "r", "test", None, {})
+def test_the_baseline_is_scored_like_a_model() -> None:
+    """A dense ball of two: half of what is dense is a nodule."""
+    scan = labelled(numbered(box(10)), MM, 0.7 * (box(10) + box(50)))
+    stored = to_grid(scan, MM)
+    found = baseline_figures(stored, said(EMPTY, stored), CONFIG)
+    assert found == {"dice": [pytest.approx(2 / 3)], "per_nodule_dice": [1.0], "crop_dice": [1.0]}

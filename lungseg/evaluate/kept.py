@@ -1,0 +1,125 @@
+"""What a network says of a held-out scan: asked once, kept in the store, and brought onto the scan's own
+grid.
+
+So another threshold or score needs no network. Probabilities are kept as float16, within 0.0003 of what the
+network said, and only where anything is probable or lung. Scores are of what is kept, the first time too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from lungseg.config import Recipe, SegmentConfig
+from lungseg.dataset.cutting import digest
+from lungseg.dataset.stored_scans import StoredScanEntry, geometry_of, pack_row, read_scan, tensor
+from lungseg.runs.run import Published
+from lungseg.scan.lungs import lung_mask
+from lungseg.scan.resample import resample_onto
+from lungseg.scan.volume import Geometry, Volume, bounding_box
+from lungseg.segment.postprocess import components
+from lungseg.segment.quantify import onto_scan
+from lungseg.segment.sliding import Predictor, predict_volume
+from lungseg.storage import Store, keys
+
+FORMAT = 1
+Box = tuple[slice, ...]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A part of the grid that the network worked on: `probability` float16 and `lungs` uint8, both [z, y, x]
+    on `geometry`. Beyond it nothing is probable and no lung is. `lungs` is None where none were found."""
+
+    geometry: Geometry
+    probability: np.ndarray
+    lungs: np.ndarray | None
+
+    def box_in(self, working: Geometry) -> Box:
+        """Which part of the whole working grid it is."""
+        first = np.rint(working.to_index_zyx(self.geometry.origin_lps_mm)).astype(int).tolist()
+        shape = self.geometry.shape_zyx
+        return tuple(slice(start, start + length) for start, length in zip(first, shape, strict=True))
+
+    def own_labels(self, grid: Geometry, config: SegmentConfig) -> tuple[np.ndarray, Box]:
+        """int32 [z, y, x] on the scan's own `grid`: the components as `segment` finds them; and their box."""
+        probability = self.probability.astype(np.float32)
+        found = components(probability, config, self.geometry.spacing_mm, self.lungs)
+        labels, placed = onto_scan(found, probability, self.geometry, grid, config.threshold)
+        return labels, union([level.box for _, level, _ in placed])
+
+    def lungs_on(self, part: Geometry) -> np.ndarray | None:
+        """uint8 [z, y, x] on a small grid."""
+        return None if self.lungs is None else resample_onto(self.lungs, self.geometry, part)
+
+
+def subject(model: Published, split: str) -> str:
+    """What is evaluated, as part of a key."""
+    return f"{model.checkpoint}-{split}"
+
+
+def kept_prediction(
+    store: Store, entry: StoredScanEntry, model: Published, split: str, predict: Predictor
+) -> Prediction:
+    """What `predict` says of the scan, or said before of the same scan by the same settings."""
+    settings = model.recipe.segment.model_dump(include={"window_zyx", "overlap", "mirror", "lungs_only"})
+    stem = f"{entry.case_id}-{digest([FORMAT, entry.sha256, settings])}"
+    prefix = keys.probabilities(keys.run_root(model.run), subject(model, split), stem)
+    for item in store.find(prefix):
+        data = store.get(item.key)
+        if item.key == _key(prefix, data):  # else it is damaged, and made anew
+            return _unpack(data)
+    made = predict_scan(read_scan(store, entry).volume, predict, model.recipe)
+    data = _pack(made)
+    store.put(_key(prefix, data), data)
+    return made
+
+
+def predict_scan(working: Volume, predict: Predictor, recipe: Recipe) -> Prediction:
+    """`working` is the scan on the grid of the data set, `recipe.data.spacing_mm`."""
+    lungs = lung_mask(working)
+    found = lungs if lungs.any() else None
+    probability = predict_volume(
+        predict, working.volume_hu, recipe.segment, lungs=found, multiple=recipe.model.total_stride
+    ).astype(np.float16)
+    tight = bounding_box((probability > 0) | (lungs > 0)) or (slice(0, 1),) * 3
+    box = _grown(tight, np.ones(3), probability.shape)  # interpolation reaches as far as the first zero
+    return Prediction(working.geometry.part(box), probability[box], None if found is None else found[box])
+
+
+def union(boxes: Sequence[Box]) -> Box:
+    """The smallest box around some; () around none."""
+    return tuple(
+        slice(min(s.start for s in sides), max(s.stop for s in sides)) for sides in zip(*boxes, strict=True)
+    )
+
+
+def _grown(box: Box, by_voxels: np.ndarray, shape: tuple[int, ...]) -> Box:
+    margins = np.ceil(by_voxels).astype(int).tolist()
+    return tuple(
+        slice(max(0, side.start - margin), min(side.stop + margin, length))
+        for side, margin, length in zip(box, margins, shape, strict=True)
+    )
+
+
+def _key(prefix: str, data: bytes) -> str:
+    return f"{prefix}{hashlib.sha256(data).hexdigest()[:16]}.arrow"
+
+
+def _pack(prediction: Prediction) -> bytes:
+    arrays = {"probability": prediction.probability, "lungs": prediction.lungs}
+    columns = {name: tensor(array) for name, array in arrays.items() if array is not None}
+    return pack_row(columns, {"geometry": asdict(prediction.geometry)})
+
+
+def _unpack(data: bytes) -> Prediction:
+    with pa.ipc.open_file(pa.BufferReader(data)) as reader:
+        row = reader.get_batch(0)
+        geometry = geometry_of(json.loads(reader.schema.metadata[b"geometry"]))
+    found = {name: row.column(name).to_numpy_ndarray()[0] for name in row.schema.names}
+    return Prediction(geometry, found["probability"], found.get("lungs"))

@@ -1,0 +1,147 @@
+"""Detection in one scan: its candidates, what each is on, and what the FROC needs of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.spatial.distance import cdist
+
+from lungseg.config import SegmentConfig
+from lungseg.config.fields import CandidateScore
+from lungseg.dataset.case import Nodule
+from lungseg.dataset.stored_scans import StoredScan
+from lungseg.evaluate.froc import OVERLAP_IOU, Hits, luna16_hits, overlap_hits
+from lungseg.evaluate.kept import Prediction
+from lungseg.evaluate.matching import overlap
+from lungseg.evaluate.nodule import NoduleScore
+from lungseg.scan.volume import Vector
+from lungseg.segment.candidates import Candidate, find_candidates
+
+SCORES: tuple[CandidateScore, ...] = ("max", "mean", "p95", "volume_weighted")
+UNKNOWN_DIAMETER_MM = 10.0
+"""What LUNA16's script takes for a finding without a diameter, such as a mere point."""
+
+
+@dataclass(frozen=True)
+class Mark:
+    """One candidate; `score` is the configured one. `luna16` is what it is by LUNA16's rule: on a "nodule",
+    "second" on one that a better mark hits, on something "excluded", or a "false positive"; `nodule_id` is
+    the nodule that it hits, or "". `iou` is the largest with any nodule, and `overlap` whether it exceeds
+    nnDetection's bound."""
+
+    candidate: Candidate
+    score: float
+    luna16: str
+    nodule_id: str
+    iou: float
+    overlap: bool
+
+    def to_row(self) -> dict[str, Any]:
+        """Every figure by name, for a table."""
+        one = self.candidate
+        x, y, z = one.centre_lps_mm
+        return {
+            "candidate": one.label,
+            "x_lps_mm": x,
+            "y_lps_mm": y,
+            "z_lps_mm": z,
+            "volume_mm3": one.volume_mm3,
+            "score": self.score,
+            **{kind: one.score(kind) for kind in SCORES},
+            "luna16": self.luna16,
+            "nodule_id": self.nodule_id,
+            "iou": self.iou,
+            "overlap": self.overlap,
+        }
+
+
+@dataclass(frozen=True)
+class Detection:
+    """`luna16` is by the kind of score, `overlap` by the configured one; nodules are in the order of the
+    scan's rows."""
+
+    luna16: Mapping[CandidateScore, Hits]
+    overlap: Hits
+    marks: tuple[Mark, ...]
+
+
+def detect(
+    stored: StoredScan, prediction: Prediction, config: SegmentConfig, rows: Sequence[NoduleScore]
+) -> Detection:
+    """Candidates are found, and laid over the nodules, on the grid that the network works on; positions and
+    diameters are in mm whatever the grid."""
+    probability = prediction.probability.astype(np.float32)
+    labels, found = find_candidates(probability, prediction.geometry, config, prediction.lungs)
+    numbers = stored.numbers[prediction.box_in(stored.volume.geometry)]
+    counted = overlap(np.maximum(numbers, 0), labels, numbers < 0)
+    iou = np.zeros((len(found), len(rows)))
+    at = {number: row for row, number in enumerate(counted.nodules.tolist())}
+    for column, one in enumerate(rows):
+        if one.number in at:
+            iou[counted.components - 1, column] = counted.iou[at[one.number]]
+    on_ignored = np.zeros(len(found), bool)
+    on_ignored[counted.components - 1] = counted.ignored()
+
+    scores = {kind: np.array([one.score(kind) for one in found]) for kind in SCORES}
+    chosen = scores[config.candidate_score]
+    marks_mm = _positions(one.centre_lps_mm for one in found)
+    places = _places(rows, stored.truth.regions)
+    kinds = _kinds(marks_mm, chosen, *places)
+    marks = (
+        Mark(
+            candidate=one,
+            score=float(chosen[number]),
+            luna16=kinds[number][0],
+            nodule_id=rows[kinds[number][1]].nodule.nodule_id if kinds[number][1] >= 0 else "",
+            iou=float(iou[number].max(initial=0)),
+            overlap=bool((iou[number] > OVERLAP_IOU).any()),
+        )
+        for number, one in enumerate(found)
+    )
+    return Detection(
+        luna16={kind: luna16_hits(marks_mm, values, *places) for kind, values in scores.items()},
+        overlap=overlap_hits(iou, chosen, on_ignored),
+        marks=tuple(marks),
+    )
+
+
+def _positions(points: Iterable[Vector]) -> np.ndarray:
+    return np.array(list(points), np.float64).reshape(-1, 3)
+
+
+def _places(rows: Sequence[NoduleScore], regions: Sequence[Nodule]) -> tuple[np.ndarray, ...]:
+    """Centres and diameters of nodules, and of what is excluded."""
+    diameters = [
+        one.mean_reader_diameter_mm if one.readers else one.equivalent_diameter_mm for one in regions
+    ]
+    return (
+        _positions(one.nodule.centre_lps_mm for one in rows),
+        np.array([one.diameter_mm or UNKNOWN_DIAMETER_MM for one in rows]),
+        _positions(one.centre_lps_mm for one in regions),
+        np.array([one or UNKNOWN_DIAMETER_MM for one in diameters]),
+    )
+
+
+def _kinds(
+    marks_mm: np.ndarray,
+    scores: np.ndarray,
+    nodules_mm: np.ndarray,
+    diameters_mm: np.ndarray,
+    excluded_mm: np.ndarray,
+    excluded_diameters_mm: np.ndarray,
+) -> list[tuple[str, int]]:
+    """Of each mark what it is, and the first nodule that it hits, or -1."""
+    hits = cdist(marks_mm, nodules_mm) < diameters_mm / 2
+    excluded = (cdist(marks_mm, excluded_mm) < excluded_diameters_mm / 2).any(axis=1)
+    best = np.where(hits, scores[:, None], -np.inf).max(axis=0, initial=-np.inf)
+    found = []
+    for mark, score in enumerate(scores):
+        on = np.flatnonzero(hits[mark])
+        if on.size:
+            found.append(("nodule" if (score >= best[on]).any() else "second", int(on[0])))
+        else:
+            found.append(("excluded" if excluded[mark] else "false positive", -1))
+    return found
