@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,9 +12,14 @@ import typer
 from lungseg.cli.app import app
 from lungseg.cli.ends import Refused
 from lungseg.cli.options import STORE, Out, Overrides, RunName, Series, StoreUri
+from lungseg.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
+    from pydicom import Dataset
+
     from lungseg.scan.volume import Volume
+    from lungseg.segment.inputs import Input
+    from lungseg.segment.predict import Segmentation
 
 
 @app.command()
@@ -62,18 +68,21 @@ def predict(
     out: Out,
     store: StoreUri = STORE,
     series: Series = None,
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="segment.field=value.")] = None,
+    overrides: Overrides = None,
     probability: Annotated[bool, typer.Option("--probability", help="Write probability.nii.gz too.")] = False,
+    dicom: Annotated[
+        Path | None, typer.Option("--dicom", help="Folder for DICOM SEG and SR, which name the patient.")
+    ] = None,
 ) -> None:
     """Segment scans: writes OUT/<case id>/nodules.nii.gz, mask.nii.gz and nodules.json of each.
 
+    With --dicom FOLDER, FOLDER/<case id>/ gets a Segmentation and a Structured Report, for archives.
     Scans that cannot be used are named, and the exit code is then 3, or 2 if there was no other.
     """
     from lungseg.config import Recipe, resegmented
     from lungseg.runs.run import load_run
-    from lungseg.scan.identity import case_key, scan_id
-    from lungseg.segment.inputs import Input, read_inputs, require_inputs
-    from lungseg.segment.outputs.nifti import require_own, write
+    from lungseg.scan.identity import case_key
+    from lungseg.segment.inputs import read_inputs, require_inputs
     from lungseg.segment.predict import segment
     from lungseg.storage import open_store
     from lungseg.telemetry import log, progress, quiet_tensorflow
@@ -82,12 +91,9 @@ def predict(
     require_inputs(inputs)
     opened = open_store(store)
     load_run(opened, run)
-    key, refused = case_key(), Refused()
-
-    def accept(one: Input, volume: Volume) -> None:
-        require_own(out / one.case_id, scan_id(volume, key))
-
-    scans = read_inputs(inputs, key, series, accept, refused)
+    key, refused, some_done = case_key(), Refused(), False
+    results = _Results(out, dicom, key, probability)
+    scans = read_inputs(inputs, key, series, results.accept, refused)
     first = next(scans, None)
     if first:
         with quiet_tensorflow():
@@ -100,14 +106,56 @@ def predict(
                 found = segment(best.predict, volume, recipe, report)
             for warning in found.warnings:
                 log("predict").warning("%s: %s", one.title, warning)
-            folder = out / one.case_id
-            write(
-                found,
-                folder,
-                scan=scan_id(volume, key),
-                run=run,
-                checkpoint=best.checkpoint,
-                with_probability=probability,
-            )
-            print(f"{one.title}: {len(found.nodules)} nodules, {folder / 'nodules.nii.gz'}")
-    refused.end(some_done=first is not None)
+            try:
+                places = results.write(one, volume, found, run, best.checkpoint)
+            except DataError as error:
+                refused(one.title, error)
+            else:
+                some_done = True
+                print(f"{one.title}: {len(found.nodules)} nodules, {', '.join(map(str, places))}")
+    refused.end(some_done)
+
+
+@dataclass
+class _Results:
+    """Where the results of each scan go; DICOM only if `dicom` names a folder for it."""
+
+    out: Path
+    dicom: Path | None
+    key: bytes
+    probability: bool
+    sources: dict[str, list[Dataset]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.dicom and self.dicom.resolve() == self.out.resolve():
+            remedy = "give --dicom a folder of its own: what it holds names the patient"
+            raise ConfigError("flags-contradict", folder=self.out, remedy=remedy)
+
+    def accept(self, one: Input, volume: Volume) -> None:
+        """Raises DataError for a scan whose results could not be written."""
+        from lungseg.scan.identity import scan_id
+        from lungseg.segment.outputs import nifti
+
+        nifti.require_own(self.out / one.case_id, scan_id(volume, self.key))
+        if self.dicom:
+            from lungseg.segment.outputs import dicom
+
+            self.sources[one.case_id] = dicom.read_source(one)
+            dicom.require_own(self.dicom / one.case_id, self.sources[one.case_id])
+
+    def write(self, one: Input, volume: Volume, found: Segmentation, run: str, checkpoint: str) -> list[Path]:
+        """What was written, for the user to open."""
+        from lungseg.scan.identity import scan_id
+        from lungseg.segment.outputs import nifti
+
+        folder, scan = self.out / one.case_id, scan_id(volume, self.key)
+        nifti.write(
+            found, folder, scan=scan, run=run, checkpoint=checkpoint, with_probability=self.probability
+        )
+        if not self.dicom:
+            return [folder / "nodules.nii.gz"]
+        from lungseg.segment.outputs import dicom
+
+        source = self.sources.pop(one.case_id)
+        dicom.write(found, source, self.dicom / one.case_id, run=run, checkpoint=checkpoint)
+        return [folder / "nodules.nii.gz", self.dicom / one.case_id]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from lungseg.config.fields import CandidateScore, Frozen, Shape
@@ -27,4 +29,7 @@ class SegmentConfig(Frozen):
     )
     solid_hu: float = Field(
         -300.0, ge=-1000, le=1000, description="HU from which a nodule's voxel counts as its solid part"
+    )
+    dicom_segmentation: Literal["binary", "labelmap"] = Field(
+        "binary", description="of `predict --dicom`; binary is what every viewer reads"
     )

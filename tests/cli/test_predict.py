@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
 from helpers.balls import write_balls
-from helpers.ct_slices import OTHER, SECRETS, write
+from helpers.ct_slices import OTHER, SECRETS, SERIES, write
 from helpers.networks import publish_untrained
 
 from lungseg import cli
 from lungseg.scan.identity import case_id, case_key
+from lungseg.scan.volume import Geometry
+from lungseg.sources.phantom.write import write_series
 from lungseg.storage import open_store
 
 Ended = tuple[int, list[str], list[str]]
@@ -80,6 +82,27 @@ def test_settings_of_segment_can_be_set_and_are_written_down_and_no_others(
         code, out, err = predict("P1/a.nii.gz", "--set", wrong)
         assert (code, out) == (2, [])
         assert told in err[0]
+
+
+def test_dicom_is_written_on_request_to_a_folder_of_its_own(
+    predict: Callable[..., Ended], here: Path
+) -> None:
+    geometry = Geometry((12, 14, 16), (1.0, 1.0, 1.0), (0.0, 0.0, 0.0), ((1, 0, 0), (0, 1, 0), (0, 0, 1)))
+    write_series(here / "ct", np.full((12, 14, 16), -700, np.int16), geometry, SERIES, "2.25.2", SECRETS[1])
+    scan(here / "b.nii")
+    code, out, err = predict("ct", "b.nii", "--dicom", "dicom", "--set", "segment.threshold=0.01")
+    assert code == 3
+    assert out == [f"ct: 1 nodules, out/{id_of('ct')}/nodules.nii.gz, dicom/{id_of('ct')}"]
+    assert err[-1].endswith("b.nii (dicom-needed)")
+    written = [path for path in (here / "dicom").rglob("*") if path.is_file()]
+    assert sorted(path.name for path in written) == ["report.dcm", "segmentation.dcm"]
+    assert all(SECRETS[1].encode() in path.read_bytes() for path in written)
+    assert not any(
+        secret.encode() in path.read_bytes() for path in (here / "out").rglob("*.*") for secret in SECRETS
+    )
+    code, out, err = predict("ct", "--dicom", "out")
+    assert (code, out) == (2, [])
+    assert "flags-contradict" in err[0]
 
 
 def test_where_no_scan_can_be_used_the_code_is_2_and_no_network_is_loaded(
