@@ -17,6 +17,7 @@ VERBS = (
     "train",
     "tune",
     "evaluate",
+    "compare",
     "predict",
     "runs",
     "pull",

@@ -21,6 +21,10 @@ def checked_name(text: str) -> str:
     return text
 
 
+def checked_names(texts: list[str]) -> list[str]:
+    return [checked_name(text) for text in texts]
+
+
 def checked_store(uri: str | None) -> str | None:
     """An empty one, as an unset variable of a shell leaves it, is neither the default nor this folder."""
     if uri == "":

@@ -1,4 +1,4 @@
-"""The verbs that use networks: evaluate, predict."""
+"""The verbs that use networks, and what is made of their answers: evaluate, compare, predict."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 
 from lungseg.cli.app import app
 from lungseg.cli.ends import Refused
-from lungseg.cli.options import STORE, Out, Overrides, RunName, Series, StoreUri
+from lungseg.cli.options import STORE, Out, Overrides, RunName, Series, StoreUri, checked_names
 from lungseg.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -57,6 +57,40 @@ def evaluate(
     print(result.text.read_text(encoding="utf-8"), end="")
     print(f"{result.text}\n{result.json}\n{store.rstrip('/')}/{result.key}")
     refused.end(some_done=True)
+
+
+@app.command()
+def compare(
+    runs: Annotated[
+        list[str], typer.Option("--run", callback=checked_names, help="Name of a run; give two or more.")
+    ],
+    store: StoreUri = STORE,
+    split: Annotated[str, typer.Option(help="val or test.")] = "test",
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for the same as text and JSON.")] = None,
+) -> None:
+    """Compare what `evaluate` last said of runs, patient by patient.
+
+    They must be evaluated on the same scans. No network is asked.
+    """
+    from lungseg.evaluate.comparison import as_text, compare_evaluations, to_tree
+    from lungseg.evaluate.report import to_strict_json, write_files
+    from lungseg.evaluate.stored import newest_evaluation
+    from lungseg.runs.run import load_run
+    from lungseg.storage import open_store
+
+    if len(runs) < 2 or len(set(runs)) < len(runs):
+        named = ", ".join(runs)
+        raise ConfigError("runs-to-compare", runs=named, remedy="name two or more: --run FIRST --run SECOND")
+    opened = open_store(store)
+    for run in runs:
+        load_run(opened, run)
+    evaluations = [newest_evaluation(opened, run, split) for run in runs]
+    found = compare_evaluations(evaluations)
+    text = as_text(evaluations, found)
+    if out:
+        tree = to_tree(evaluations, found)
+        write_files(out, {"comparison.txt": text.encode(), "comparison.json": to_strict_json(tree).encode()})
+    print(text, end="")
 
 
 @app.command()

@@ -109,9 +109,20 @@ def best_model(root: str) -> str:
     return f"{root}/best/model.keras"
 
 
+def evaluations(root: str) -> str:
+    return f"{root}/evaluations/"
+
+
 def evaluation(root: str, subject: str, file: str = "") -> str:
     """A file of a report on `subject`, a checkpoint and a split; without one the prefix of them all."""
-    return f"{root}/evaluations/{subject}/{file}"
+    return f"{evaluations(root)}{subject}/{file}"
+
+
+def report_of_split(root: str, key: str, split: str) -> str | None:
+    """The name of the JSON report under `key`, which holds its time, if it is one on that split."""
+    subject, _, file = key.removeprefix(evaluations(root)).partition("/")
+    is_report = file.startswith("evaluation-") and file.endswith(".json") and "/" not in file
+    return file if is_report and subject.endswith(f"-{split}") else None
 
 
 def probabilities(root: str, subject: str, stem: str) -> str:
