@@ -40,7 +40,9 @@ def evaluate(
     """
     from dataclasses import replace
 
+    from lungseg.cluster import on_cluster
     from lungseg.config import resegmented
+    from lungseg.evaluate.kept import all_kept
     from lungseg.evaluate.protocol import Network, evaluate_split
     from lungseg.runs.run import load_published, load_run_data
     from lungseg.storage import open_store
@@ -48,10 +50,12 @@ def evaluate(
 
     opened, refused = open_store(store), Refused()
     manifest = load_run_data(opened, run)
-    manifest.require_held_out(split)
+    entries = manifest.require_held_out(split)
     model = load_published(opened, run)
     model = replace(model, recipe=resegmented(model.recipe, overrides or []))
     network = Network(opened, model)
+    if not on_cluster() and not all_kept(opened, entries, model, split):
+        network.load()  # before the bar of the scans begins
     with progress("scans") as report:
         result = evaluate_split(opened, manifest, model, network, split, out, report, refused, baseline)
     print(result.text.read_text(encoding="utf-8"), end="")

@@ -114,19 +114,23 @@ def _of_masks(counted: int, truth: int, predicted: int, both: int) -> dict[str, 
 def _of_probabilities(stored: StoredScan, prediction: Prediction) -> tuple[float, float]:
     """1 - soft Dice, and the cross-entropy, as in `metrics`: what lies beyond the prediction has
     probability 0."""
-    box = prediction.box_in(stored.volume.geometry)
-    truth, counted = stored.numbers[box] > 0, stored.numbers[box] >= 0
+    numbers = stored.numbers[prediction.box_in(stored.volume.geometry)]
+    truth, silent = numbers > 0, numbers == 0
     probability = prediction.probability.astype(np.float32)
-    both = probability.sum(where=truth, dtype=np.float64)
+    of_truth = probability[truth].astype(np.float64)
     nodule_voxels = np.count_nonzero(stored.numbers > 0)
-    total = probability.sum(where=counted, dtype=np.float64) + nodule_voxels
-    of_truth = np.clip(np.where(truth, probability, 1 - probability), EPSILON, 1 - EPSILON)
-    nats = -np.log(of_truth).sum(where=counted, dtype=np.float64)
+    total = of_truth.sum() + probability.sum(where=silent, dtype=np.float64) + nodule_voxels
+    loss = 1 - 2 * of_truth.sum() / total if total else 0.0
+
     voxels = np.count_nonzero(stored.numbers >= 0)
-    missed = nodule_voxels - np.count_nonzero(truth)
-    silent = voxels - np.count_nonzero(counted) - missed
-    nats -= missed * math.log(EPSILON) + silent * math.log1p(-EPSILON)
-    return float(1 - (2 * both / total if total else 1.0)), float(nats / voxels) if voxels else 0.0
+    beyond = voxels - nodule_voxels - np.count_nonzero(silent)
+    nats = (nodule_voxels - of_truth.size) * -math.log(EPSILON) + beyond * -math.log1p(-EPSILON)
+    nats -= np.log(np.clip(of_truth, EPSILON, 1 - EPSILON)).sum()
+    with np.errstate(divide="ignore"):
+        np.log1p(np.negative(probability, out=probability), out=probability)
+    np.clip(probability, math.log(EPSILON), math.log1p(-EPSILON), out=probability)
+    nats -= probability.sum(where=silent, dtype=np.float64)
+    return float(loss), float(nats / voxels) if voxels else 0.0
 
 
 def mean_or_none(values: Sequence[float]) -> float | None:

@@ -67,9 +67,7 @@ def kept_prediction(
     store: Store, entry: StoredScanEntry, model: Published, split: str, predict: Predictor
 ) -> Prediction:
     """What `predict` says of the scan, or said before of the same scan by the same settings."""
-    settings = model.recipe.segment.model_dump(include={"window_zyx", "overlap", "mirror", "lungs_only"})
-    stem = f"{entry.case_id}-{digest([FORMAT, entry.sha256, settings])}"
-    prefix = keys.probabilities(keys.run_root(model.run), subject(model, split), stem)
+    prefix = _prefix(entry, model, split)
     for item in store.find(prefix):
         data = store.get(item.key)
         if item.key == _key(prefix, data):  # else it is damaged, and made anew
@@ -78,6 +76,19 @@ def kept_prediction(
     data = _pack(made)
     store.put(_key(prefix, data), data)
     return made
+
+
+def all_kept(store: Store, entries: Sequence[StoredScanEntry], model: Published, split: str) -> bool:
+    """Whether no network is needed, by the names of what is there."""
+    whole = keys.evaluation(keys.run_root(model.run), subject(model, split))
+    there = [item.key for item in store.find(whole)]
+    return all(any(key.startswith(_prefix(one, model, split)) for key in there) for one in entries)
+
+
+def _prefix(entry: StoredScanEntry, model: Published, split: str) -> str:
+    settings = model.recipe.segment.model_dump(include={"window_zyx", "overlap", "mirror", "lungs_only"})
+    stem = f"{entry.case_id}-{digest([FORMAT, entry.sha256, settings])}"
+    return keys.probabilities(keys.run_root(model.run), subject(model, split), stem)
 
 
 def predict_scan(working: Volume, predict: Predictor, recipe: Recipe) -> Prediction:

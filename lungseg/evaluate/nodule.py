@@ -105,8 +105,10 @@ def score_nodules(
         inside = numbers[place] == number
         component = component_of.get(number)
         volume_mm3 = float(np.count_nonzero(inside)) * math.prod(part.spacing_mm)
-        outline = Outline()
+        outline, component_voxels = Outline(), 0
         if component is not None:
+            column = int(np.searchsorted(counted.components, component))
+            component_voxels = int(counted.component_voxels[column] + counted.ignored_voxels[column])
             both = union([place, component_places[component - 1]])
             mine, theirs = numbers[both] == number, labels[both] == component
             theirs[(numbers[both] < 0)] = False
@@ -122,7 +124,7 @@ def score_nodules(
                 touching_dice=touching_dice(counted, row),
                 crop_dice=crop_dice(numbers, labels, place, part.spacing_mm),
                 outline=outline,
-                readers=beside_readers(truth, number, box, labels, component),
+                readers=beside_readers(truth, number, box, labels, component, component_voxels),
             )
         )
     return tuple(scores)

@@ -7,9 +7,11 @@ threshold needs no network. On a cluster the tasks are Ray's, each with a GPU wh
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -30,10 +32,12 @@ from lungseg.evaluate.summary import summary_tree
 from lungseg.runs.run import Published
 from lungseg.segment.sliding import Predictor
 from lungseg.storage import Store, keys
-from lungseg.telemetry import Progress
+from lungseg.telemetry import Progress, quiet_tensorflow
 
 SCAN_BYTES = 3 << 30
 """Memory that Ray keeps free for the task of a scan, the network included."""
+AT_ONCE = 2
+"""Scans in this process: while the network sees one, another is scored."""
 Refuse = Callable[[str, LungsegError], None]
 Scored = tuple[CaseResult, dict[str, list[float]]]
 
@@ -66,15 +70,16 @@ class Network:
     model: Published
 
     def __call__(self, volume_hu: np.ndarray) -> np.ndarray:
+        return self.load()(volume_hu)
+
+    def load(self) -> Predictor:
         name = (self.store.uri, self.model.run, self.model.checkpoint)
         if name not in _loaded:
-            from lungseg.telemetry import quiet_tensorflow
-
             with quiet_tensorflow():
                 from lungseg.runs.export import load_network
 
                 _loaded[name] = load_network(self.store, self.model).predict
-        return _loaded[name](volume_hu)
+        return _loaded[name]
 
 
 _loaded: dict[tuple[str, str, str], Predictor] = {}
@@ -176,12 +181,32 @@ def _run(tasks: Sequence[Task], progress: Progress, refuse: Refuse) -> list[Scor
     if on_cluster():
         return run_tasks(_attempt, [(task,) for task in tasks], SCAN_BYTES, progress, tell, gpus=True)
     found: list[Scored | Broken] = []
-    for task in tasks:
-        progress(len(found), len(tasks))
-        found.append(_attempt(task))
-        tell(found[-1])
-    progress(len(found), len(tasks))
+    turns = _Turns(tasks[0].predict)
+    with ThreadPoolExecutor(AT_ONCE) as threads:
+        try:
+            for one in threads.map(_attempt, [replace(task, predict=turns) for task in tasks]):
+                found.append(one)
+                tell(one)
+                progress(len(found), len(tasks))
+        except BaseException:
+            turns.ended = True
+            threads.shutdown(wait=False, cancel_futures=True)
+            raise
     return found
+
+
+class _Turns:
+    """A predictor for several threads, which take turns, and find it closed once one of them has failed."""
+
+    def __init__(self, predict: Predictor) -> None:
+        self._predict, self._turn = predict, Lock()
+        self.ended = False
+
+    def __call__(self, volume_hu: np.ndarray) -> np.ndarray:
+        with self._turn:
+            if self.ended:
+                raise CancelledError
+            return self._predict(volume_hu)
 
 
 def _attempt(task: Task) -> Scored | Broken:

@@ -28,23 +28,22 @@ class ReaderDice:
 
 
 def beside_readers(
-    truth: Truth, number: int, box: Box, labels: np.ndarray, component: int | None
+    truth: Truth, number: int, box: Box, labels: np.ndarray, component: int | None, component_voxels: int
 ) -> ReaderDice | None:
-    """Of nodule `number`; None where fewer than two readers are known. `labels` are those of `box`."""
+    """Of nodule `number`; None where fewer than two readers are known. `labels` are those of `box`, and the
+    `component` has so many voxels."""
     outlines = truth.outlines.get(number)
     masks = [one for one in outlines.masks if one.any()] if outlines else []
     if outlines is None or len(masks) < 2:
         return None
     model = np.zeros(masks[0].shape, bool)
-    total = 0
     if component is not None:
         first = np.subtract(outlines.first_zyx, [side.start for side in box])
         low, high = np.maximum(first, 0), np.minimum(first + model.shape, labels.shape)
         here = tuple(map(slice, low, high))
         there = tuple(map(slice, low - first, high - first))
         model[there] = labels[here] == component
-        total = int(np.count_nonzero(labels == component))
-    return reader_dice(np.array(masks), model, total)
+    return reader_dice(np.array(masks), model, component_voxels)
 
 
 def reader_dice(masks: np.ndarray, model: np.ndarray, model_voxels: int) -> ReaderDice:

@@ -26,7 +26,7 @@ def components(
     nodules attached to it may lie outside. `spacing_mm` is (z, y, x).
     """
     found = cc3d.connected_components(probability > config.threshold, connectivity=26)
-    voxels = np.bincount(found.ravel())
+    voxels = np.bincount(found[found > 0], minlength=1)  # the background's would cost most of the time
     keep = voxels * math.prod(spacing_mm) >= config.min_volume_mm3
     keep[0] = False
     if lungs is not None and config.lungs_only:
@@ -44,7 +44,7 @@ def _near_lungs(
 ) -> np.ndarray:
     """bool per label: whether a candidate component comes within LUNG_MARGIN_MM of the lungs."""
     near = np.zeros(len(candidates), bool)
-    near[np.unique(labels[lungs > 0])] = True
+    near[np.unique(labels[(lungs > 0) & (labels > 0)])] = True
     # Most components lie in the lungs; only the few others need a distance, and only around themselves.
     boxes = ndimage.find_objects(labels)
     margins = [math.ceil(LUNG_MARGIN_MM / spacing) for spacing in spacing_mm]

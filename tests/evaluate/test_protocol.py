@@ -284,3 +284,20 @@ def test_on_a_cluster_each_scan_is_a_task_and_the_figures_are_the_same(
     found = again(one, lambda windows: (windows + 1000) / 1000)
     assert found.refused == [("c3", "scan-corrupt")]
     assert found.tree["nodules"] == known.tree["nodules"]
+
+
+def test_what_a_network_raises_ends_the_evaluation_and_what_is_kept_stays(tmp_path: Path) -> None:
+    """Ctrl-C comes the same way."""
+    asked = []
+
+    def failing(windows: np.ndarray) -> np.ndarray:
+        asked.append(1)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return network(windows)
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(tmp_path, scans(), failing)
+    store = open_store(tmp_path / "store")
+    assert len(asked) == 3
+    assert len([item for item in store.find(keys.run_root("r")) if "probabilities" in item.key]) == 2
