@@ -13,9 +13,10 @@ from lungseg.dataset.stored_scans import StoredScan
 from lungseg.evaluate.kept import Prediction, union
 from lungseg.evaluate.marks import Detection, detect
 from lungseg.evaluate.matching import Matching, match, overlap
-from lungseg.evaluate.metrics import EPSILON
 from lungseg.evaluate.nodule import NoduleScore, score_nodules
 from lungseg.scan.volume import bounding_box
+
+EPSILON = 1e-7  # what Keras clips probabilities to before a logarithm
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,8 @@ def evaluate_case(
 
 
 def _of_masks(counted: int, truth: int, predicted: int, both: int) -> dict[str, float]:
-    """Of the whole masks, by their voxels: as in `metrics`."""
+    """Of the whole masks, by their voxels. Two empty masks agree; the mean IoU is that of nodule and
+    background, as Keras's MeanIoU(2)."""
     either = truth + predicted - both
     iou, background = (
         part / whole if whole else 1.0 for part, whole in ((both, either), (counted - either, counted - both))
@@ -112,8 +114,8 @@ def _of_masks(counted: int, truth: int, predicted: int, both: int) -> dict[str, 
 
 
 def _of_probabilities(stored: StoredScan, prediction: Prediction) -> tuple[float, float]:
-    """1 - soft Dice, and the cross-entropy, as in `metrics`: what lies beyond the prediction has
-    probability 0."""
+    """1 - 2 sum(p y) / (sum(p) + sum(y)), the soft Dice of probabilities p with the mask y, and the mean of
+    -log(probability of the true class) in nats. What lies beyond the prediction has probability 0."""
     numbers = stored.numbers[prediction.box_in(stored.volume.geometry)]
     truth, silent = numbers > 0, numbers == 0
     probability = prediction.probability.astype(np.float32)

@@ -11,12 +11,10 @@ step rather than straight across.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from scipy import ndimage
 from scipy.spatial import cKDTree
 from skimage.measure import marching_cubes
 
@@ -88,24 +86,6 @@ def surface_distances(reference: np.ndarray, predicted: np.ndarray, spacing_mm: 
     )
     from_here, from_there = _nearest(here_mm, there_mm), _nearest(there_mm, here_mm)
     return SurfaceDistances(*_in_order(from_here, here_mm2), *_in_order(from_there, there_mm2))
-
-
-def nodule_surfaces(
-    nodules: np.ndarray,
-    components: np.ndarray,
-    pairs: Iterable[tuple[int, int]],
-    spacing_mm: Spacing,
-) -> list[SurfaceDistances]:
-    """Of each pair of labels (nodule, component), within the box of both: label volumes are [z, y, x]."""
-    boxes = ndimage.find_objects(nodules), ndimage.find_objects(components)
-    found = []
-    for nodule, component in pairs:
-        one, other = boxes[0][nodule - 1], boxes[1][component - 1]
-        box = tuple(
-            slice(min(a.start, b.start), max(a.stop, b.stop)) for a, b in zip(one, other, strict=True)
-        )
-        found.append(surface_distances(nodules[box] == nodule, components[box] == component, spacing_mm))
-    return found
 
 
 def _elements(mask: np.ndarray, spacing_mm: Spacing) -> tuple[np.ndarray, np.ndarray]:

@@ -18,7 +18,7 @@ from lungseg.evaluate.bootstrap import interval, ratio, resample
 from lungseg.evaluate.calibration import reliability
 from lungseg.evaluate.froc import MISSED, Hits, froc, luna16_hits, overlap_hits
 from lungseg.evaluate.matching import match, overlap, quality
-from lungseg.evaluate.surfaces import nodule_surfaces
+from lungseg.evaluate.surfaces import surface_distances
 from lungseg.scan.volume import Geometry
 from lungseg.segment.candidates import find_candidates
 
@@ -97,8 +97,10 @@ def test_overlap_and_surfaces(scan: tuple[np.ndarray, ...]) -> None:
     assert (strict.pairs, strict.missed, strict.false_positives) == (1, 3, 4)
     assert strict.pq == pytest.approx(iou[0] / (1 + 1.5 + 2))
 
-    pairs = sorted(loose.pairs)
-    shifted, eroded, _ = nodule_surfaces(numbers, components, pairs, GRID.spacing_mm)
+    shifted, eroded, _ = (
+        surface_distances(numbers == nodule, components == component, GRID.spacing_mm)
+        for nodule, component in sorted(loose.pairs)
+    )
     assert (shifted.hausdorff_mm(100), shifted.dice(1)) == (1, 1)
     # Faces of an eroded cube are 1 mm in; its corners alone are further away, by the diagonal.
     assert eroded.hausdorff_mm(100) == pytest.approx(math.sqrt(3))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from lungseg.errors import GeometryError
-from lungseg.evaluate.surfaces import nodule_surfaces, surface_distances
+from lungseg.evaluate.surfaces import surface_distances
 
 MM = (1.0, 1.0, 1.0)
 SPACINGS_MM = MM, (2.5, 0.7, 0.7), (0.9, 1.3, 0.4), (1.25, 0.683, 0.683)
@@ -116,17 +116,6 @@ def test_a_mask_at_the_border_has_a_surface_there() -> None:
     whole, small = np.ones((4, 4, 4), bool), np.ones((2, 4, 4), bool)
     found = surface_distances(whole, np.pad(small, ((0, 2), (0, 0), (0, 0))), MM)
     assert found.hausdorff_mm(100) == 2
-
-
-def test_each_pair_of_labels_is_measured_within_its_own_box() -> None:
-    nodules, components = np.zeros((2, 12, 12, 30), np.int32)
-    nodules[2:6, 2:6, 2:6], nodules[2:6, 2:6, 6:9] = 1, 2  # they touch
-    components[3:7, 2:6, 2:6], components[2:6, 2:6, 20:24] = 5, 4
-    near, far = nodule_surfaces(nodules, components, [(1, 5), (2, 4)], (2.0, 1.0, 1.0))
-    assert near.hausdorff_mm(100) == 2
-    assert far.hausdorff_mm(100) == 15
-    alone = surface_distances(nodules == 2, components == 4, (2.0, 1.0, 1.0))
-    assert far.mean_mm() == pytest.approx(alone.mean_mm())
 
 
 def test_masks_of_different_grids_are_refused() -> None:
