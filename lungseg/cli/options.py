@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -54,3 +55,20 @@ def read_recipe(file: Path | None, overrides: list[str] | None) -> Recipe:
     recipe = load_recipe(file, overrides or [])
     log("settings").debug("all but defaults: %s", recipe.model_dump(mode="json", exclude_defaults=True))
     return recipe
+
+
+def read_space(file: Path | None) -> list[str]:
+    """A file of `tune.space` as the override that it stands for. Raises ConfigError("space-file")."""
+    from yaml import YAMLError
+
+    from lungseg.config.yaml12 import read_yaml
+
+    if file is None:
+        return []
+    try:
+        return [f"tune.space={json.dumps(read_yaml(file.read_text(encoding='utf-8')))}"]
+    except (OSError, ValueError, YAMLError) as error:
+        detail = " ".join(str(error).split())
+        raise ConfigError(
+            "space-file", file=file, message=detail, remedy="give a readable YAML file"
+        ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -16,6 +17,7 @@ from lungseg.cli.options import (
     RunName,
     StoreUri,
     read_recipe,
+    read_space,
 )
 from lungseg.errors import ConfigError
 from lungseg.show import table, val_dice_text
@@ -50,22 +52,42 @@ def train(
 def tune(
     data: DataName,
     run: RunName,
-    trials: Annotated[int, typer.Option(min=1, help="How many trials.")],
+    trials: Annotated[int | None, typer.Option(min=1, help="How many trials, or --minutes.")] = None,
+    minutes: Annotated[float | None, typer.Option(min=0.1, help="Begin no more, and end, after.")] = None,
     store: StoreUri = STORE,
     recipe: RecipeFile = None,
+    space: Annotated[Path | None, typer.Option("--space", help="YAML file of tune.space.")] = None,
     overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the sweep of this name.")] = False,
 ) -> None:
-    """Search learning rate, loss and width. The best trial becomes the run's best."""
+    """Search settings (tune.space). The best trial becomes the run's best."""
     from lungseg.storage import open_store
     from lungseg.tune.search import tune as search
 
-    rows = search(open_store(store), data, run, read_recipe(recipe, overrides), trials)
-    header = ("trial", "learning rate", "loss", "width", "epochs", "val Dice")
+    if trials is None and minutes is None:
+        raise ConfigError("budget-missing", remedy="give --trials, --minutes or both")
+    settings = read_recipe(recipe, [*read_space(space), *(overrides or [])])
+    mode: Mode = "resume" if resume else "fresh"
+    rows = search(open_store(store), data, run, settings, trials, mode, minutes)
+    header = ("trial", "state", "val Dice", "epochs", "minutes", "seed", "settings")
     cells = [
-        (r.trial, f"{r.learning_rate:.2e}", r.loss, str(r.width), str(r.epochs), f"{r.val_dice:.4f}")
-        for r in rows
+        (
+            row.name,
+            row.state,
+            "-" if row.val_dice is None else f"{row.val_dice:.4f}",
+            str(len(row.curve)),
+            f"{row.seconds / 60:.1f}",
+            str(row.seed),
+            row.error or " ".join(f"{name}={_short(value)}" for name, value in row.values.items()),
+        )
+        for row in rows
     ]
     print(table(header, cells))
+    print(f"get the best with: lungseg pull --store {store} --run {run} --out DIR")
+
+
+def _short(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 @app.command()

@@ -15,7 +15,7 @@ from typing import Any
 from lungseg.config.recipe import Recipe, parse_recipe
 from lungseg.errors import ConfigError
 
-FORMAT = 2
+FORMAT = 3
 
 
 def store_recipe(recipe: Recipe) -> dict[str, Any]:
@@ -43,4 +43,15 @@ def _from_1(tree: dict[str, Any]) -> None:
         train["logical_cpu_devices"] = 1  # it did nothing there, and is refused now
 
 
-_MIGRATIONS: dict[int, Callable[[dict[str, Any]], None]] = {1: _from_1}
+def _from_2(tree: dict[str, Any]) -> None:
+    tune = tree.get("tune", {})
+    tune["space"] = {
+        "optimizer.learning_rate": {"log": tune.pop("learning_rate", (1e-4, 1e-2))},
+        "loss.name": {"choice": tune.pop("loss", ("dice", "dice_bce", "dice_focal"))},
+        "model.width": {"choice": tune.pop("width", (8, 16))},
+    }
+    tune["sampler"] = "random"
+    tree["tune"] = tune
+
+
+_MIGRATIONS: dict[int, Callable[[dict[str, Any]], None]] = {1: _from_1, 2: _from_2}

@@ -19,7 +19,7 @@ from lungseg.runs.run import Published, load_published
 from lungseg.storage import Store, keys
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # each is itself: a recipe has no hash
 class BestModel:
     """The best network of a run: `predict` takes float32 HU [n, z, y, x, 1], gives probabilities."""
 

@@ -96,8 +96,22 @@ def events(root: str, attempt: str, file: str) -> str:
     return f"{root}/tensorboard/{attempt}/{file}"
 
 
+def sweep_journal(root: str) -> str:
+    """Optuna's, which `optuna-dashboard` reads."""
+    return f"{root}/optuna-journal.jsonl"
+
+
 def trials(root: str) -> str:
-    return f"{root}/trials.json"
+    return f"{root}/trials.jsonl"
+
+
+def sweep_page(root: str) -> str:
+    return f"{root}/sweep.html"
+
+
+def best_recipe(root: str) -> str:
+    """Of the best trial of a sweep, as `train --recipe` takes it."""
+    return f"{root}/best.yaml"
 
 
 def best(root: str) -> str:

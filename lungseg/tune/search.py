@@ -1,125 +1,230 @@
-"""Hyper-parameter search: Ray Tune over `train`, each trial a Ray Train run of its own."""
+"""Hyper-parameter search: Ray Tune over `train`, each trial a Ray Train run of its own.
+
+What to try and when to stop is Optuna's, through `Trials`, which keeps all of it in the store; Ray Tune
+places trials, watches them and starts again what failed.
+"""
 
 from __future__ import annotations
 
+import json
 import tempfile
-from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from lungseg.cluster import connect
-from lungseg.config import Recipe, parse_recipe
+from lungseg.config import Recipe
+from lungseg.config.stored import stored_recipe
 from lungseg.dataset.manifest import Manifest, load_manifest
 from lungseg.errors import LungsegError, RunError
 from lungseg.runs.fit import check_fit, on_data
-from lungseg.runs.run import open_run, refuse_taken
+from lungseg.runs.run import Mode, load_run, open_run, refuse_taken, run_exists
 from lungseg.storage import Store, keys
 from lungseg.telemetry import log
 from lungseg.train.launch import fit
 from lungseg.train.resources import worker_resources
-from lungseg.tune.promote import Trial, promote, ranked
+from lungseg.tune.page import render
+from lungseg.tune.promote import drop_losers, promote, winner
+from lungseg.tune.space import check_space, with_values
+from lungseg.tune.trials import Trial, Trials, by_score
+
+_log = log("tune")
+_AS_MANY_AS_FIT = 1_000_000
 
 
-def tune(store: Store, data: str, run: str, recipe: Recipe, trials: int) -> list[Trial]:
-    """Search and return the trials, best first; the best one's checkpoint becomes the run's best.
+def tune(
+    store: Store,
+    data: str,
+    run: str,
+    recipe: Recipe,
+    trials: int | None,
+    mode: Mode = "fresh",
+    minutes: float | None = None,
+) -> list[Trial]:
+    """Search until `trials` have ended or `minutes` are over, repeat the best with `tune.seeds`, and return
+    all trials, best first. The best one's checkpoint is the run's best from its end on.
 
-    The table is also kept as runs/<run>/trials.json. Raises what `train` raises, RunError("no-trial").
+    "resume" goes on with a sweep: interrupted trials from their newest checkpoint, then new ones. Raises what
+    `train` and `check_space` raise, RunError("no-trial"), RunError("run-differs") for another space.
     """
     manifest = load_manifest(store, data)
     recipe = on_data(recipe, manifest)
-    refuse_taken(store, run, "fresh")
+    refuse_taken(store, run, mode)
+    _refuse_other_space(store, run, recipe, mode)
     check_fit(manifest, recipe, "tune")
+    check_space(recipe)
     worker_resources(recipe.train, connect().nodes())  # a run that cannot start must not claim the name
-    attempt = open_run(store, run, manifest, recipe, "fresh", kind="tune").attempt
+    attempt = open_run(store, run, manifest, recipe, mode, kind="tune").attempt
     root = keys.run_root(run)
-    done = _search(store, root, attempt, manifest, recipe, trials)
-    if not done:
+    with tempfile.TemporaryDirectory(prefix="lungseg-tune-", ignore_cleanup_errors=True) as folder:
+        sweep = _Sweep(store, root, attempt, manifest, recipe, Path(folder))
+        sweep.run(sweep.trials.to_come(trials or _AS_MANY_AS_FIT), minutes)
+        if recipe.tune.seeds > 1:
+            sweep.run(sweep.trials.repeat_best(), None)
+        found = sorted(sweep.trials.all(), key=by_score)
+    if winner(found) is None:
+        if sweep.error:
+            raise sweep.error
         remedy = "read the errors above; try the recipe with `lungseg train` first"
         raise RunError("no-trial", run=run, message="no trial finished an epoch", remedy=remedy)
-    store.put_json(keys.trials(root), [asdict(trial) for trial in done])
-    promote(store, root, done[0])
-    return done
+    return found
 
 
-def _search(
-    store: Store, root: str, attempt: str, manifest: Manifest, recipe: Recipe, trials: int
-) -> list[Trial]:
-    ray = connect()
-    from ray import tune as ray_tune
-    from ray.tune.integration.ray_train import TuneReportCallback
-    from ray.tune.schedulers import ASHAScheduler
-    from ray.tune.search.basic_variant import BasicVariantGenerator
+def _refuse_other_space(store: Store, run: str, recipe: Recipe, mode: Mode) -> None:
+    if mode != "resume" or not run_exists(store, run):
+        return
+    if stored_recipe(load_run(store, run).recipe).tune.space != recipe.tune.space:
+        remedy = "give the same tune.space as before, or choose another --run name"
+        raise RunError("run-differs", run=run, message="the sweep has another space", remedy=remedy)
 
-    space, epochs = recipe.tune, recipe.train.epochs
-    each, there = worker_resources(recipe.train, ray.nodes()), ray.cluster_resources()
-    fits = min(int(there.get(kind, 0)) // (recipe.train.workers * count) for kind, count in each.items())
-    concurrent = space.concurrent_trials or max(1, fits)
 
-    def trial(choice: dict[str, Any]) -> None:
-        name = ray_tune.get_context().get_trial_id()
-        fit(
-            store,
-            keys.trial_root(root, name),
-            attempt,
-            manifest,
-            _with(recipe, choice),
-            [TuneReportCallback()],
-        )
+class _Sweep:
+    """One driver's part in a sweep."""
 
-    with tempfile.TemporaryDirectory(prefix="lungseg-tune-", ignore_cleanup_errors=True) as scratch:
-        results = ray_tune.Tuner(
-            # The trial only waits for its workers, which hold the cores; Tune wants it to ask for something.
-            ray_tune.with_resources(trial, {"CPU": 0, "memory": 1 << 20}),
-            param_space={
-                "learning_rate": ray_tune.loguniform(*space.learning_rate),
-                "loss": ray_tune.choice(list(space.loss)),
-                "width": ray_tune.choice(list(space.width)),
-            },
-            tune_config=ray_tune.TuneConfig(
-                metric="val_dice",
-                mode="max",
-                num_samples=trials,
-                # Tune ignores its own max_concurrent_trials beside this generator.
-                search_alg=BasicVariantGenerator(max_concurrent=concurrent, random_state=recipe.train.seed),
-                scheduler=ASHAScheduler(
-                    time_attr="epoch",
-                    max_t=epochs,
-                    grace_period=min(space.grace_epochs, epochs),
-                    reduction_factor=space.reduction_factor,
+    def __init__(
+        self, store: Store, root: str, attempt: str, manifest: Manifest, recipe: Recipe, folder: Path
+    ) -> None:
+        self.store, self.root, self.attempt = store, root, attempt
+        self.manifest, self.recipe = manifest, recipe
+        self.trials = Trials(store, root, recipe, folder)
+        self.error: LungsegError | None = None
+        self._published: Trial | None = None
+
+    def run(self, count: int, minutes: float | None) -> None:
+        """Run so many trials, if need be fewer in the minutes given."""
+        if count == 0:
+            return
+        ray = connect()
+        from ray import tune as ray_tune
+
+        config, train = self.recipe.tune, self.recipe.train
+        each, there = worker_resources(train, ray.nodes()), ray.cluster_resources()
+        fits = min(int(there.get(kind, 0)) // (train.workers * share) for kind, share in each.items())
+        suggest, prune, record = _for_ray(self)
+        with tempfile.TemporaryDirectory(prefix="lungseg-tune-", ignore_cleanup_errors=True) as scratch:
+            tuner = ray_tune.Tuner(
+                # The trial only waits for its workers, which hold the cores; Tune wants it to ask for more.
+                ray_tune.with_resources(self._trial(), {"CPU": 0, "memory": 1 << 20}),
+                tune_config=ray_tune.TuneConfig(
+                    metric="val_dice",
+                    mode="max",
+                    num_samples=count,
+                    search_alg=suggest,
+                    scheduler=prune,
+                    max_concurrent_trials=config.concurrent_trials or max(1, fits),
+                    time_budget_s=None if minutes is None else 60 * minutes,
                 ),
-            ),
-            run_config=ray_tune.RunConfig(
-                name="tune", storage_path=scratch, verbose=0, callbacks=[_releaser()]
-            ),
-        ).fit()
-    finished = [results[i] for i in range(len(results)) if "val_dice" in (results[i].metrics or {})]
-    for error in results.errors:
-        # One trial may diverge or run out of memory: that is a result, unless there is no other.
-        ours = LungsegError.find_in(error)
-        if ours and not finished:
-            raise ours from error
-        log("tune").warning("a trial failed: %s", ours or error)
-    return ranked(store, root, finished)
+                run_config=ray_tune.RunConfig(
+                    name="tune",
+                    storage_path=scratch,
+                    verbose=0,
+                    callbacks=[record],
+                    failure_config=ray_tune.FailureConfig(max_failures=config.retries),
+                ),
+            )
+            try:
+                results = tuner.fit()
+            except Exception as error:
+                ours = LungsegError.find_in(error)
+                if ours:
+                    raise ours from error
+                raise
+        for number in self.trials.live() if minutes is not None else ():
+            self.end(number, "pruned")  # the minutes are over
+        for failure in results.errors:
+            # One trial may diverge or run out of memory: that is a result, unless there is no other.
+            self.error = self.error or LungsegError.find_in(failure)
+
+    def _trial(self) -> Any:
+        """What a trial's own process runs; the driver's part of the sweep stays here."""
+        store, root, attempt = self.store, self.root, self.attempt
+        manifest, recipe = self.manifest, self.recipe
+
+        def trial(choice: dict[str, str]) -> None:
+            from ray.tune.integration.ray_train import TuneReportCallback
+
+            chosen = with_values(recipe, json.loads(choice["values"]))
+            fit(
+                store,
+                keys.trial_root(root, choice["trial"]),
+                attempt,
+                manifest,
+                chosen,
+                [TuneReportCallback()],
+            )
+
+        return trial
+
+    def begin(self) -> dict[str, str]:
+        """The next trial, as Tune hands it to its process."""
+        trial = self.trials.begin(lambda recipe: check_fit(self.manifest, recipe, "tune"))
+        shown = ", ".join(f"{name} {value}" for name, value in trial.values.items())
+        _log.info("trial %s begins: %s", trial.name, shown)
+        return {"trial": trial.name, "values": json.dumps({**trial.values, "train.seed": trial.seed})}
+
+    def end(self, number: int, state: str, error: str = "") -> None:
+        """Keep how a trial ended, publish the best so far, and drop what no longer counts."""
+        trial, everything = self.trials.end(number, state, error), self.trials.all()
+        best = winner(everything)
+        dice = "no epoch" if trial.val_dice is None else f"val Dice {trial.val_dice:.4f}"
+        leads = f"; best: trial {best.name}, {best.val_dice:.4f}" if best else ""
+        _log.info("trial %s %s after epoch %d: %s%s", trial.name, trial.state, len(trial.curve), dice, leads)
+        if error:
+            _log.warning("trial %s failed: %s", trial.name, error)
+        if best and best != self._published:
+            promote(self.store, self.root, self.recipe, best)
+            self._published = best
+        drop_losers(self.store, self.root, everything, self.recipe.tune.keep_trials)
+        run, _ = keys.run_and_trial(self.root)
+        page = render(run, self.recipe.tune.space, everything, self.trials.importances())
+        self.store.put(keys.sweep_page(self.root), page.encode())
 
 
-def _releaser() -> Any:
-    """A callback of Tune that gives a trial's cores back when Tune stops it: it kills the trial's driver,
-    and Ray Train's own cleaner works only beside a dashboard."""
-    import ray
+def _for_ray(sweep: _Sweep) -> tuple[Any, Any, Any]:
+    """What Ray Tune asks: for the next trial, whether one goes on, and whom to tell of an end."""
     from ray.tune import Callback
+    from ray.tune.schedulers import FIFOScheduler
+    from ray.tune.search import Searcher
+
+    class Suggest(Searcher):
+        def suggest(self, trial_id: str) -> dict[str, str]:
+            return sweep.begin()
+
+        def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
+            """`Record` is told with the trial itself."""
+
+        def save(self, checkpoint_path: str) -> None:
+            Path(checkpoint_path).touch()  # the sweep's state is in the store
+
+    class Prune(FIFOScheduler):
+        def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
+            epoch = int(result["epoch"])
+            on = sweep.trials.report(_number(trial), epoch, result["val_dice"], result["seconds"])
+            return self.CONTINUE if on or epoch >= sweep.recipe.train.epochs else self.STOP
+
+    class Record(Callback):
+        def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            _free(trial)
+            stopped = not (trial.last_result or {}).get("done", False)
+            sweep.end(_number(trial), "pruned" if stopped else "complete")
+
+        def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            _free(trial)
+            error = trial.get_pickled_error() or trial.get_error()
+            sweep.end(_number(trial), "fail", str(LungsegError.find_in(error) or error))
+
+    return Suggest(), Prune(), Record()
+
+
+def _number(trial: Any) -> int:
+    return int(trial.config["trial"])
+
+
+def _free(trial: Any) -> None:
+    """Give a trial's cores back when Tune stops it: it kills the trial's driver, and Ray Train's own cleaner
+    works only beside a dashboard."""
+    import ray
     from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-    class Releaser(Callback):
-        def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            group = (trial.last_result or {}).get("placement_group")
-            if group:
-                remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group))))
-
-    return Releaser()
-
-
-def _with(recipe: Recipe, choice: dict[str, Any]) -> Recipe:
-    tree = recipe.model_dump(mode="json")
-    tree["optimizer"]["learning_rate"] = choice["learning_rate"]
-    tree["loss"]["name"] = choice["loss"]
-    tree["model"]["width"] = choice["width"]
-    return parse_recipe(tree)
+    group = (trial.last_result or {}).get("placement_group")
+    if group:
+        remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group))))

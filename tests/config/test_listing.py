@@ -48,13 +48,13 @@ def test_an_unknown_section_is_answered_with_the_nearest() -> None:
     ("name", "values"),
     [
         ("optimizer.learning_rate", "number > 0"),
-        ("tune.learning_rate", "2 of: number > 0"),
+        ("model.hu_window", "2 of: number"),
         ("data.patch.shape_zyx", "3 of: integer 1 to 1024"),
         ("data.split.file", "path or null"),
         ("loss.reduction", "sample | batch"),
         ("model.dropout", "number >= 0, < 1"),
         ("augment.flips", "true | false"),
-        ("tune.width", "list of: integer >= 2"),
+        ("model.residual_blocks", "list of: integer 1 to 16"),
         ("telemetry.metrics_host", "text"),
     ],
 )

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from lungseg.config import Recipe, field_names, load_recipe, parse_recipe, resegmented
+from lungseg.config.tune import Dimension
 from lungseg.errors import ConfigError
 
 RECIPES = sorted((ROOT / "jobs" / "recipes").glob("*.yaml"))
@@ -46,7 +47,7 @@ def numbers(schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
             yield from numbers(part)
 
 
-def test_every_number_but_the_hu_window_has_a_lower_bound() -> None:
+def test_every_number_but_those_of_any_kind_has_a_lower_bound() -> None:
     definitions = Recipe.model_json_schema()["$defs"]
     unbounded = [
         f"{section}.{name}"
@@ -54,7 +55,7 @@ def test_every_number_but_the_hu_window_has_a_lower_bound() -> None:
         for name, field in tree["properties"].items()
         if any(not {"minimum", "exclusiveMinimum"} & number.keys() for number in numbers(field))
     ]
-    assert unbounded == ["ModelConfig.hu_window"]
+    assert unbounded == ["Dimension.range", "ModelConfig.hu_window"]
 
 
 def test_the_tree_is_frozen() -> None:
@@ -68,7 +69,9 @@ def test_an_empty_recipe_is_the_defaults(tmp_path: Path) -> None:
 
 
 def test_a_recipe_survives_json() -> None:
-    recipe = load_recipe(None, ["train.epochs=3", "tune.width=[4, 8]", "train.max_minutes=2.5"])
+    recipe = load_recipe(
+        None, ["train.epochs=3", "tune.space.model.width={choice: [4, 8]}", "train.max_minutes=2.5"]
+    )
     assert parse_recipe(recipe.model_dump(mode="json")) == recipe
 
 
@@ -95,8 +98,7 @@ def test_there_are_recipes_for_lidc_for_crops_and_for_a_quick_check() -> None:
         ("loss.name=focal", "loss", "name", "focal"),
         ("augment.flips=false", "augment", "flips", False),
         ("segment.window_zyx=[32, 64, 64]", "segment", "window_zyx", (32, 64, 64)),
-        ("tune.learning_rate=[1e-5, 1e-3]", "tune", "learning_rate", (1e-5, 1e-3)),
-        ("tune.loss=[dice,bce]", "tune", "loss", ("dice", "bce")),
+        ("tune.space.model.width={range: [4, 8]}", "tune", "space", {"model.width": Dimension(range=(4, 8))}),
         # YAML 1.1 would make 8, 90 and False of these
         ("train.epochs=010", "train", "epochs", 10),
         ("train.init_from=1:30", "train", "init_from", "1:30"),
@@ -121,7 +123,7 @@ def test_overrides_reach_into_nested_sections_and_the_last_one_wins(tmp_path: Pa
     ("override", "remedy"),
     [
         ("train.epochz=3", "did you mean train.epochs?"),
-        ("learning_rate=1", "did you mean optimizer.learning_rate or tune.learning_rate?"),
+        ("learning_rate=1", "did you mean optimizer.learning_rate?"),
         ("epochs=3", "did you mean train.epochs?"),
         ("model.epochs=3", "did you mean train.epochs?"),
         ("data.lidc.min_reader=3", "did you mean data.lidc.min_readers?"),
@@ -157,7 +159,7 @@ def test_whatever_name_is_given_the_answer_is_a_name_that_exists(name: str) -> N
         ("train.epochs=yes", "train.epochs"),
         ("train.epochs=true", "train.epochs"),
         ("train.max_minutes=off", "train.max_minutes"),
-        ("tune.width=[true, 8]", "tune.width"),
+        ("tune.space.model.width={range: [true, 8]}", "tune.space.model.width.range"),
         ("train.init_from=010", "train.init_from"),
         ("train.seed=-1", "train.seed"),
         ("optimizer.learning_rate=.inf", "optimizer.learning_rate"),
@@ -168,13 +170,13 @@ def test_whatever_name_is_given_the_answer_is_a_name_that_exists(name: str) -> N
         ("data.patch.shape_zyx=[0, 16, 16]", "data.patch.shape_zyx.0"),
         ("data.patch.shape_zyx=[16, 16]", "data.patch.shape_zyx.2"),
         ("loss.name=dicee", "loss.name"),
-        ("tune.loss=[]", "tune.loss"),
-        ("tune.width=[1]", "tune.width.0"),
+        ("tune.space={}", "tune.space"),
+        ("tune.space.model.width={log: [0, 8]}", "tune.space.model.width.log.0"),
         ("train=5", "train"),
         # what no field alone can tell
         ("data.split.val=0.9", "data.split"),
         ("model.hu_window=[400, -1000]", "model"),
-        ("tune.learning_rate=[1e-2, 1e-4]", "tune"),
+        ("tune.space.model.width={range: [8, 4]}", "tune.space.model.width"),
         ("train.workers=3", "train"),
     ],
 )

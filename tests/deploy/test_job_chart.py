@@ -65,7 +65,7 @@ def test_settings_reach_the_recipe_unchanged(render_one: RenderOne, tmp_path: Pa
     settings: dict[str, dict[str, Any]] = {
         "train": {"epochs": 1000000, "max_minutes": 0.5, "workers": 2, "precision": "mixed_bfloat16"},
         "optimizer": {"learning_rate": 0.00001},
-        "tune": {"learning_rate": [0.00001, 0.1], "loss": ["dice", "focal"], "width": [8]},
+        "tune": {"grace_epochs": 3, "sampler": "random", "concurrent_trials": 2},
         "augment": {"flips": False},
     }
     values = tmp_path / "job.yaml"

@@ -1,6 +1,6 @@
 """Runs that earlier versions wrote, kept as they were: every later version reads them.
 
-`stored/format-1` and `stored/format-2` are a run of two steps of a network of width 2 on `write_balls`, whose
+`stored/format-N` are a run of two steps of a network of width 2 on `write_balls`, whose
 manifest says 0.7 x 0.8 x 0.8 mm; `expected.json` has what the network gave when it was written. A new format
 adds a folder, and takes none away.
 """

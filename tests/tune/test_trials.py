@@ -1,0 +1,123 @@
+"""A sweep's record without Ray: what it draws, keeps and takes up again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lungseg.config import Recipe, load_recipe
+from lungseg.errors import ConfigError, RunError
+from lungseg.storage import FolderStore
+from lungseg.tune.promote import winner
+from lungseg.tune.trials import Trials
+
+ROOT = "runs/sweep"
+SETTINGS = (
+    "tune.space.model.width={range: [2, 64]}",
+    "tune.space.model.depth={choice: [2, 3]}",
+    "tune.grace_epochs=1",
+    "tune.reduction_factor=2",
+)
+
+
+def opened(folder: Path, *settings: str) -> Trials:
+    """A driver's view of the sweep, with a working folder of its own."""
+    work = folder / f"driver{len(list(folder.iterdir()))}"
+    work.mkdir()
+    return Trials(FolderStore(folder / "store"), ROOT, load_recipe(None, [*SETTINGS, *settings]), work)
+
+
+def fine(recipe: Recipe) -> None:
+    """A check that takes any recipe."""
+
+
+def run(trials: Trials, *dices: float) -> int:
+    """A trial with these scores after its epochs, which ends where it is told to."""
+    number = trials.begin(fine).number
+    for epoch, dice in enumerate(dices, 1):
+        if not trials.report(number, epoch, dice, epoch * 60.0):
+            trials.end(number, "pruned")
+            return number
+    trials.end(number, "complete")
+    return number
+
+
+def test_the_next_driver_goes_on_with_the_interrupted_trial_and_knows_the_others(tmp_path: Path) -> None:
+    first = opened(tmp_path)
+    done = run(first, 0.1, 0.4)
+    failed = first.begin(fine)
+    first.end(failed.number, "fail", "loss-not-finite")
+    interrupted = first.begin(fine)
+    first.report(interrupted.number, 1, 0.3, 60.0)
+    second = opened(tmp_path)
+    assert second.all() == first.all()
+    assert second.to_come(3) == 2
+    unheard = "".join(json.dumps({"epoch": n, "val_dice": dice}) + "\n" for n, dice in ((1, 0.3), (2, 0.35)))
+    trial_root = f"{ROOT}/trials/{interrupted.name}"
+    FolderStore(tmp_path / "store").put(f"{trial_root}/metrics.jsonl", unheard.encode())
+    again = second.begin(fine)
+    assert (again.number, again.values) == (interrupted.number, interrupted.values)
+    assert again.curve == {1: 0.3, 2: 0.35}
+    assert second.begin(fine).values not in [trial.values for trial in first.all()]
+    lines = (tmp_path / "store" / ROOT / "trials.jsonl").read_text().splitlines()
+    kept = [json.loads(line) for line in lines]
+    assert [row["state"] for row in kept] == ["complete", "fail", "running", "running"]
+    assert (kept[done]["val_dice"], kept[done]["seconds"]) == (0.4, 120.0)
+    assert kept[failed.number]["error"] == "loss-not-finite"
+    with pytest.raises(RunError, match="run-taken-over"):
+        first.report(interrupted.number, 2, 0.5, 120.0)
+
+
+def test_a_trial_that_others_have_left_behind_is_stopped_also_by_the_next_driver(tmp_path: Path) -> None:
+    first = opened(tmp_path)
+    for _ in range(3):
+        run(first, 0.5, 0.6)
+    second = opened(tmp_path)
+    number = run(second, 0.1, 0.9)
+    assert (second.all()[number].state, second.all()[number].curve) == ("pruned", {1: 0.1})
+    unstopped = opened(tmp_path, "tune.pruner=none")
+    number = run(unstopped, 0.1, 0.2)
+    assert unstopped.all()[number].state == "complete"
+
+
+def test_draws_that_cannot_train_are_kept_with_the_reason_and_cost_no_trial(tmp_path: Path) -> None:
+    trials = opened(tmp_path)
+
+    def shallow(recipe: Recipe) -> None:
+        if recipe.model.depth == 3:
+            raise ConfigError("patch-shape", remedy="lower model.depth")
+
+    for _ in range(8):
+        assert trials.begin(shallow).values["model.depth"] == 2
+    refused = [trial for trial in trials.all() if trial.state == "fail"]
+    assert refused
+    assert all("patch-shape" in trial.error for trial in refused)
+
+    def never(recipe: Recipe) -> None:
+        raise ConfigError("patch-shape", remedy="lower model.depth")
+
+    with pytest.raises(ConfigError, match=r"space-untrainable.*lower model\.depth"):
+        trials.begin(never)
+
+
+def test_the_best_are_repeated_with_other_seeds_and_the_best_mean_wins(tmp_path: Path) -> None:
+    trials = opened(tmp_path, "tune.seeds=3", "tune.seeds_best=2", "tune.pruner=none")
+    lucky, steady, poor = (run(trials, dice) for dice in (0.9, 0.8, 0.1))
+    assert winner(trials.all()) == trials.all()[lucky]
+    assert trials.repeat_best() == 4
+    later = opened(tmp_path, "tune.seeds=3", "tune.seeds_best=2", "tune.pruner=none")
+    assert later.repeat_best() == 4  # none is queued twice
+    for _ in range(4):
+        trial = later.begin(fine)
+        of = next(t for t in later.all() if t.values == trial.values and not t.repeats)
+        assert trial.repeats
+        assert of.number in (lucky, steady)
+        later.report(trial.number, 1, 0.2 if of.number == lucky else 0.79, 60.0)
+        later.end(trial.number, "complete")
+    seeds = {(t.values["model.width"], t.seed) for t in later.all() if t.values != later.all()[poor].values}
+    assert len(seeds) == 6
+    assert later.repeat_best() == 0
+    assert later.to_come(3) == 0
+    assert winner(later.all()) == later.all()[steady]
