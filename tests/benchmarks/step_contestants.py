@@ -5,7 +5,7 @@
 Run by the interpreter that has the contestant's framework. Both train the same plain U-Net (DEPTH levels,
 WIDTH channels at the first and twice as many at each next, strided convolutions down, instance norm, leaky
 ReLU) on Dice and cross-entropy with AdamW and clipped gradients, without augmentation, on two threads.
-"peak" is one convolution.
+"peak" is one convolution. All take the GPU that they see, if there is one.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ def patches(side: int, batch: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def lungseg(side: int, batch: int, width: int, depth: int, precision: str) -> Callable[[], float]:
+    import tensorflow as tf
+
     from lungseg.config import load_recipe
     from lungseg.model.precision import set_precision
     from lungseg.stream.patch_stream import Batch
@@ -45,6 +47,7 @@ def lungseg(side: int, batch: int, width: int, depth: int, precision: str) -> Ca
     recipe = load_recipe(None, [
         f"model.width={width}", f"model.depth={depth}", "model.downsampling=stride",
         f"train.global_batch={batch}", f"train.precision={policy}", *PLAIN,
+        f"train.gpus_per_worker={len(tf.config.list_physical_devices('GPU'))}",
     ])  # fmt: skip
     strategy = make_strategy(recipe, 1, THREADS)
     set_precision(recipe.train)
@@ -63,16 +66,17 @@ def torch(side: int, batch: int, width: int, depth: int, precision: str) -> Call
     strides = [1] + [2] * (depth - 1)
     norm = ("INSTANCE", {"affine": True})
     network = DynUNet(3, 1, 1, [3] * depth, strides, strides[1:], filters=filters, norm_name=norm)
-    network = network.to(memory_format=torch.channels_last_3d)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    network = network.to(device, memory_format=torch.channels_last_3d)
     optimizer, loss_of = torch.optim.AdamW(network.parameters(), 1e-3), DiceCELoss(sigmoid=True)
     image_hu, mask = patches(side, batch)
 
     def step() -> float:
-        hu = torch.from_numpy(image_hu)[:, None].float().to(memory_format=torch.channels_last_3d)
-        target = torch.from_numpy(mask)[:, None].float()
+        hu = torch.from_numpy(image_hu)[:, None].float().to(device, memory_format=torch.channels_last_3d)
+        target = torch.from_numpy(mask)[:, None].float().to(device)
         windowed = ((hu + 1000) / 700 - 1).clamp(-1, 1)
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+        with torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16"):
             logits = network(windowed)
         loss = loss_of(logits.float(), target)
         loss.backward()
