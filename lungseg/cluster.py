@@ -134,14 +134,15 @@ def _start_local(ray: Any) -> None:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     for attempt in (1, 2, 3):
         try:
-            ray.init(
-                address="local",
-                _node_ip_address="127.0.0.1",
-                include_dashboard=False,
-                object_store_memory=_OBJECT_STORE_BYTES,
-                logging_level=logging.ERROR,
-                log_to_driver=log("cluster").isEnabledFor(logging.DEBUG),
-            )
+            with _loopback_stays():
+                ray.init(
+                    address="local",
+                    _node_ip_address="127.0.0.1",
+                    include_dashboard=False,
+                    object_store_memory=_OBJECT_STORE_BYTES,
+                    logging_level=logging.ERROR,
+                    log_to_driver=log("cluster").isEnabledFor(logging.DEBUG),
+                )
             return
         except (ConnectionError, TimeoutError):
             raise
@@ -154,6 +155,20 @@ def _start_local(ray: Any) -> None:
                 raise
             log("cluster").warning("Ray did not start in time, trying again: %s", error)
             ray.shutdown()
+
+
+@contextmanager
+def _loopback_stays() -> Iterator[None]:
+    """Ray takes 127.0.0.1 for this machine's address in its network, and its processes then listen there to
+    everybody: where the loopback address is asked for, it is meant."""
+    from ray._private import services
+
+    resolve = services.resolve_ip_for_localhost
+    services.resolve_ip_for_localhost = lambda host: host
+    try:
+        yield
+    finally:
+        services.resolve_ip_for_localhost = resolve
 
 
 def on_cluster() -> bool:

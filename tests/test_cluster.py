@@ -78,3 +78,18 @@ def test_a_local_ray_needs_no_home() -> None:
     """Nobody may write there, and nobody does."""
     line, _ = connect(HOME="/proc/nowhere", RAY_ADDRESS="")
     assert line == "1 node"
+
+
+def test_nobody_else_in_the_network_reaches_a_local_ray(ray_cluster: object) -> None:
+    """Of this process and all that it has started, the object store among them."""
+    import psutil
+
+    here = psutil.Process()
+    heard = [
+        connection.laddr.ip
+        for process in (here, *here.children(recursive=True))
+        for connection in process.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    assert len(heard) > 5
+    assert {address.removeprefix("::ffff:") for address in heard} == {"127.0.0.1"}
