@@ -56,7 +56,7 @@
 {{- end -}}
 {{- $words = concat $words (list "--recipe" .) -}}
 {{- end -}}
-{{- if and $v.resume (eq $v.job "train") }}{{ $words = append $words "--resume" }}{{ end -}}
+{{- if and $v.resume (has $v.job (list "train" "tune")) }}{{ $words = append $words "--resume" }}{{ end -}}
 {{- range $index, $word := $words }}{{ if $index }} {{ end }}{{ include "lungseg-job.word" $word }}{{ end -}}
 {{- include "lungseg-job.settings" (dict "tree" $v.settings "prefix" "") -}}
 {{- range $v.args }} {{ include "lungseg-job.word" . }}{{ end -}}
