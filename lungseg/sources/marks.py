@@ -138,7 +138,7 @@ def _outlines(mark: Mark, slices: np.ndarray) -> Outlines:
     own = slices[depth]
     masks = np.zeros((len(mark.outlined), int(np.ptp(own)) + 1, *mark.drawn.shape[1:]), bool)
     masks[:, own - own.min()] = mark.outlined
-    return Outlines((int(own.min()), rows.start, columns.start), masks)
+    return Outlines((int(own.min()), int(rows.start), int(columns.start)), masks)
 
 
 def soft_mask(geometry: Geometry, marks: Sequence[Mark], slices: np.ndarray) -> np.ndarray:

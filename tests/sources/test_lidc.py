@@ -131,6 +131,7 @@ def test_mask_lies_where_the_readers_drew_and_other_marks_are_ignored(scan, tmp_
         corner = labelled.outlines[1].first_zyx
         whole[tuple(slice(a, a + n) for a, n in zip(corner, masks.shape, strict=True))] = masks
         np.testing.assert_array_equal(whole, np.moveaxis(reader_consensus(scan, [annotation], 1), 2, 0))
+        assert {type(one) for one in corner} == {int}  # not NumPy's, which JSON refuses
     (region,) = labelled.regions
     assert (region.readers, region.nodule_id, list(labelled.outlines)) == (1, "n01", [-1, 1])
     z = scan.slice_zvals[np.argwhere(expected)[:, 0]].mean()
