@@ -33,6 +33,13 @@ def checked_store(uri: str | None) -> str | None:
     return uri
 
 
+def folder(path: str | Path) -> Path:
+    """An empty one, as an unset variable of a shell leaves it, is not this folder."""
+    if not str(path):
+        raise ConfigError("folder-empty", folder=repr(path), remedy="name a folder; this one is .")
+    return Path(path)
+
+
 _STORE = typer.Option(
     "--store", envvar="LUNGSEG_STORE", callback=checked_store, help="A folder or s3://bucket/prefix."
 )
@@ -40,7 +47,7 @@ StoreUri = Annotated[str, _STORE]
 OptionalStoreUri = Annotated[str | None, _STORE]
 DataName = Annotated[str, typer.Option("--data", callback=checked_name, help="Name of the data set.")]
 RunName = Annotated[str, typer.Option("--run", callback=checked_name, help="Name of the run.")]
-Out = Annotated[Path, typer.Option("--out", help="Folder for the results.")]
+Out = Annotated[Path, typer.Option("--out", parser=folder, metavar="FOLDER", help="For the results.")]
 SERIES_HELP = "One CT series of a folder: its number, as `ids` shows them, or its UID. Default: all."
 Series = Annotated[str | None, typer.Option("--series", help=SERIES_HELP)]
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="YAML file of settings.")]

@@ -28,6 +28,7 @@ from lungseg.storage import Store, keys, to_json
 SIZES_MM = (0.0, 6.0, 10.0, 20.0, math.inf)
 """Bounds of the size bins: the diameter of a ball of the nodule's volume."""
 PICTURES = 24
+_COUNTED = (("scan", "scans"), ("patient", "patients"), ("nodule", "nodules"), ("patch", "patches"))
 WINDOW_HU = (-1350.0, 150.0)
 """The usual lung window: width 1500, centre -600."""
 
@@ -47,7 +48,7 @@ def describe(manifest: Manifest) -> str:
     lines = []
     for split, counts in manifest.counts.items():
         of_each = ", ".join(f"{counts[one]} {one}" for one in STRATA if one in counts)
-        totals = ", ".join(f"{counts[one]} {one}" for one in ("scans", "patients", "nodules", "patches"))
+        totals = ", ".join(f"{counts[many]} {one if counts[many] == 1 else many}" for one, many in _COUNTED)
         lines.append(f"{split:>5}: {totals}{f' ({of_each})' if of_each else ''}")
     return "\n".join([*lines, *(f"warning: {one}" for one in doubts(manifest))])
 

@@ -155,6 +155,7 @@ def test_documented_calls_get_as_far_as_their_first_missing_input(
         ("predict --run r --out o", "Missing argument 'INPUT...'"),
         ("prepare lidc --data d", "Missing argument 'DICOM_DIR'"),
         ("train --data d --run r --resume --new", "flags-contradict"),
+        ("phantom --scans 1 --out=", "folder-empty (folder='')"),
         ("train --data d --run ../r", "name-invalid"),
         ("train --data a/b --run r", "name-invalid"),
         ("pull --run .hidden --out o", "name-invalid"),
