@@ -19,6 +19,7 @@ VERBS = (
     "evaluate",
     "compare",
     "predict",
+    "follow",
     "runs",
     "pull",
     "ids",

@@ -154,6 +154,32 @@ def predict(
     refused.end(some_done)
 
 
+@app.command()
+def follow(
+    earlier: Annotated[Path, typer.Argument(help="What predict wrote of the earlier scan: OUT/<case id>.")],
+    later: Annotated[Path, typer.Argument(help="The same of the later scan of this patient.")],
+    days: Annotated[float, typer.Option("--days", help="Between both scans.")],
+    pair: Annotated[
+        list[str] | None, typer.Option("--pair", help="Labels of one nodule, EARLIER:LATER; else by place.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for follow.json.")] = None,
+) -> None:
+    """Show how nodules have changed between two scans: volume, and the days in which it doubles."""
+    from lungseg.segment import follow as following
+    from lungseg.segment.outputs.follow import as_table, write
+
+    if days <= 0:
+        raise ConfigError(
+            "days-invalid", days=days, remedy="give the days from the earlier scan to the later"
+        )
+    pairs = [following.labels_of(text) for text in pair or []]
+    both = following.read_result(earlier), following.read_result(later)
+    rows, dice = following.follow(*both, days, pairs)
+    print(as_table(rows, days, dice))
+    if out:
+        print(write(rows, days, dice, *both, out))
+
+
 @dataclass
 class _Results:
     """Where the results of each scan go; DICOM only if `dicom` names a folder for it."""

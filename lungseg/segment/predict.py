@@ -21,7 +21,8 @@ from lungseg.segment.sliding import Predictor, predict_volume
 class Segmentation:
     """`labels` is int32 [z, y, x] on `geometry`, the input's own grid: 0 background, 1 the largest nodule.
 
-    `probability` (float32) is on `working`, the grid that the network saw.
+    `probability` (float32) and `lungs` (uint8, None where none were found) are on `working`, the grid that
+    the network saw.
     """
 
     labels: np.ndarray
@@ -30,7 +31,7 @@ class Segmentation:
     probability: np.ndarray
     working: Geometry
     config: SegmentConfig
-    lungs_found: bool
+    lungs: np.ndarray | None
     warnings: tuple[str, ...] = ()
 
 
@@ -70,7 +71,7 @@ def segment(
         probability,
         working.geometry,
         config,
-        lungs is not None,
+        lungs,
         tuple(warnings),
     )
 

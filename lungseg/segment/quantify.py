@@ -212,7 +212,7 @@ def _measure(
         sd_hu=float(hu.std()),
         percentiles_hu={f"{of}": float(np.percentile(hu, of)) for of in PERCENTILES},
         mass_mg=mm3 * max(0.0, float(hu.mean()) + 1000) / 1000,
-        solid_volume_mm3=mm3 * np.count_nonzero(solid.values > 0) / np.count_nonzero(inside),
+        solid_volume_mm3=mm3 * int((solid.values > 0).sum()) / int(inside.sum()),
         solid_longest_axial_diameter_mm=solid_axes.long_mm if solid_axes else None,
         pleura_mm=lungs.pleura_mm(level.geometry.to_lps_mm(surface.points_zyx)) if lungs else None,
         side=lungs.side(centre[0]) if lungs else None,

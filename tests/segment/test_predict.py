@@ -61,7 +61,7 @@ def test_a_ball_comes_back_at_its_patient_coordinate_and_size() -> None:
 
     found = segment(dense, volume, RECIPE, lambda done, of: calls.append((done, of)))
 
-    assert found.lungs_found
+    assert found.lungs is not None
     assert found.warnings == ()
     assert found.geometry == volume.geometry
     assert found.labels.shape == volume.volume_hu.shape
@@ -80,7 +80,7 @@ def test_a_ball_comes_back_at_its_patient_coordinate_and_size() -> None:
 
 def test_a_scan_without_lungs_is_searched_everywhere_and_says_so() -> None:
     found = segment(dense, chest(geometry(), lungs=False), RECIPE)
-    assert not found.lungs_found
+    assert found.lungs is None
     assert found.warnings == ("no lungs were found, so the whole scan was searched: is it a chest CT?",)
     centres = sorted(nodule.centre_lps_mm for nodule in found.nodules)
     assert centres == [pytest.approx(tuple(place), abs=0.4) for place in (WALL_MM, BALL_MM)]
@@ -91,7 +91,7 @@ def test_very_small_scans_are_segmented_too(shape: tuple[int, int, int]) -> None
     grid = geometry(shape)
     found = segment(np.ones_like, Volume(np.zeros(shape, np.int16), grid), Recipe())
     assert found.labels.shape == shape
-    assert not found.lungs_found
+    assert found.lungs is None
     big_enough = math.prod(shape) * math.prod(grid.spacing_mm) >= 14
     assert [nodule.voxels for nodule in found.nodules] == [math.prod(shape)] * big_enough
 
@@ -102,7 +102,7 @@ def test_results_hold_the_mask_on_the_scans_grid_and_the_nodules(tmp_path: Path)
 
     write(found, tmp_path / "out/case", scan="0011aabb", run="first", checkpoint="120-ab12")
 
-    names = ["mask.nii.gz", "nodules.json", "nodules.nii.gz"]
+    names = ["lungs.nii.gz", "mask.nii.gz", "nodules.json", "nodules.nii.gz"]
     assert sorted(path.name for path in (tmp_path / "out/case").iterdir()) == names
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["case"]
     mask, grid = read_labels(tmp_path / "out/case/mask.nii.gz")
@@ -110,6 +110,9 @@ def test_results_hold_the_mask_on_the_scans_grid_and_the_nodules(tmp_path: Path)
     labels, label_grid = read_labels(tmp_path / "out/case/nodules.nii.gz")
     np.testing.assert_array_equal(labels, found.labels)
     assert label_grid == grid
+    lungs, lung_grid = read_labels(tmp_path / "out/case/lungs.nii.gz")
+    np.testing.assert_array_equal(lungs, found.lungs)
+    assert lung_grid.spacing_mm == (1, 1, 1)
     assert grid.shape_zyx == volume.geometry.shape_zyx
     for key in ("spacing_mm", "origin_lps_mm", "direction_lps"):
         np.testing.assert_allclose(getattr(grid, key), getattr(volume.geometry, key), atol=1e-4)
@@ -143,7 +146,7 @@ def tiny(value: int) -> Segmentation:
     grid = geometry((2, 2, 2))
     labels = np.full((2, 2, 2), value, np.int32)
     probability = np.full((2, 2, 2), 0.25, np.float32)
-    return Segmentation(labels, grid, (), probability, grid, SegmentConfig(), False)
+    return Segmentation(labels, grid, (), probability, grid, SegmentConfig(), None)
 
 
 def test_earlier_results_are_replaced_and_foreign_folders_left_alone(tmp_path: Path) -> None:
@@ -228,7 +231,7 @@ def test_a_mask_of_a_real_dicom_series_lies_on_dense_tissue_in_its_lungs() -> No
 
     found = segment(lambda hu: (hu > -500).astype(np.float32), volume, RECIPE)
 
-    assert found.lungs_found
+    assert found.lungs is not None
     inside = found.labels > 0
     assert inside.sum() > 100
     assert (volume.volume_hu[inside] > -700).mean() > 0.97

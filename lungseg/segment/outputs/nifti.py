@@ -62,6 +62,8 @@ def write(
     with replaced(folder) as fresh:
         write_nifti(fresh / "nodules.nii.gz", segmentation.labels.astype(np.uint16), grid)
         write_mask(fresh / "mask.nii.gz", segmentation.labels > 0, grid)
+        if segmentation.lungs is not None:
+            write_mask(fresh / "lungs.nii.gz", segmentation.lungs, segmentation.working)
         if with_probability:
             own = resample_onto(segmentation.probability, segmentation.working, grid)
             write_nifti(fresh / "probability.nii.gz", own, grid)
@@ -108,7 +110,7 @@ def _describe(segmentation: Segmentation, scan: str, run: str, checkpoint: str) 
         "settings": segmentation.config.model_dump(mode="json"),
         "spacing_mm_zyx": list(segmentation.geometry.spacing_mm),
         "working_spacing_mm_zyx": list(segmentation.working.spacing_mm),
-        "lungs_found": segmentation.lungs_found,
+        "lungs_found": segmentation.lungs is not None,
         "warnings": list(segmentation.warnings),
         "nodules": [nodule.to_json() for nodule in segmentation.nodules],
     }
