@@ -112,7 +112,7 @@ def test_results_hold_the_mask_on_the_scans_grid_and_the_nodules(tmp_path: Path)
     assert label_grid == grid
     lungs, lung_grid = read_labels(tmp_path / "out/case/lungs.nii.gz")
     np.testing.assert_array_equal(lungs, found.lungs)
-    assert lung_grid.spacing_mm == (1, 1, 1)
+    assert lung_grid.spacing_mm == pytest.approx((1, 1, 1))
     assert grid.shape_zyx == volume.geometry.shape_zyx
     for key in ("spacing_mm", "origin_lps_mm", "direction_lps"):
         np.testing.assert_allclose(getattr(grid, key), getattr(volume.geometry, key), atol=1e-4)
