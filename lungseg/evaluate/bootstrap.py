@@ -9,6 +9,7 @@ same draws, so that what is hard for both cancels out.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -74,12 +75,17 @@ def difference(a: Statistic, b: Statistic) -> Statistic:
 def interval(statistic: Statistic, patients: Patients, weights: np.ndarray) -> Interval:
     """`weights` as `resample(patients)` makes them; draws in which the figure has no value are left out."""
     [value] = statistic(np.ones((1, len(patients)), np.int64))
-    spread = statistic(weights)
-    spread = spread[~np.isnan(spread)]
-    if math.isnan(value) or not spread.size:
+    low, high = bounds(statistic(weights))
+    if math.isnan(value) or math.isnan(low):
         return Interval(None, None, None, len(set(patients)))
-    low, high = np.quantile(spread, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(float(value), float(low), float(high), len(set(patients)))
+
+
+def bounds(spread: np.ndarray) -> np.ndarray:
+    """Low and high bound, [2, ...], of values [replicates, ...]; NaN where no draw has one."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "All-NaN slice")
+        return np.asarray(np.nanquantile(spread, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0))
 
 
 def rank_shares(

@@ -74,13 +74,38 @@ def luna16_hits(
     those count that score higher than the one after the last, so that none of its equals does.
     Positions are [n, 3] in mm, in any one frame.
     """
-    if len(scores) > MAX_MARKS:
-        kept = scores > np.sort(scores)[::-1][MAX_MARKS]
-        marks_mm, scores = marks_mm[kept], scores[kept]
+    kept = _first_marks(scores)
+    marks_mm, scores = marks_mm[kept], scores[kept]
     hits = _within(marks_mm, nodules_mm, diameters_mm)
     irrelevant = _within(marks_mm, excluded_mm, excluded_diameters_mm).any(axis=1)
     found_at = np.where(hits, scores[:, None], MISSED).max(axis=0, initial=MISSED)
     return Hits(found_at, scores[~hits.any(axis=1) & ~irrelevant])
+
+
+def luna16_kinds(
+    marks_mm: np.ndarray,
+    scores: np.ndarray,
+    nodules_mm: np.ndarray,
+    diameters_mm: np.ndarray,
+    excluded_mm: np.ndarray,
+    excluded_diameters_mm: np.ndarray,
+) -> list[tuple[str, int]]:
+    """What each mark is by `luna16_hits`, and the first nodule that it hits, or -1: "nodule", "second" on one
+    that a better mark hits, "excluded", "false positive", or "too many"."""
+    kept = _first_marks(scores)
+    hits = _within(marks_mm, nodules_mm, diameters_mm) & kept[:, None]
+    excluded = np.asarray(_within(marks_mm, excluded_mm, excluded_diameters_mm).any(axis=1))
+    best = np.where(hits, scores[:, None], MISSED).max(axis=0, initial=MISSED)
+    found = []
+    for mark, score in enumerate(scores):
+        on = np.flatnonzero(hits[mark])
+        if on.size:
+            found.append(("nodule" if (score >= best[on]).any() else "second", int(on[0])))
+        elif not kept[mark]:
+            found.append(("too many", -1))
+        else:
+            found.append(("excluded" if excluded[mark] else "false positive", -1))
+    return found
 
 
 def overlap_hits(
@@ -169,6 +194,13 @@ def _pool(scans: Iterable[Hits]) -> _Pool:
             found.append(np.full(len(values), kind))
     order = np.argsort(-np.concatenate(scores), kind="stable")
     return _Pool(*(np.concatenate(parts)[order] for parts in (scores, numbers, found)))
+
+
+def _first_marks(scores: np.ndarray) -> np.ndarray:
+    """bool [marks], of those that count."""
+    return (
+        scores > np.sort(scores)[::-1][MAX_MARKS] if len(scores) > MAX_MARKS else np.ones(len(scores), bool)
+    )
 
 
 def _within(marks_mm: np.ndarray, findings_mm: np.ndarray, diameters_mm: np.ndarray) -> np.ndarray:

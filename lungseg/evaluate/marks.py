@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.spatial.distance import cdist
 
 from lungseg.config import SegmentConfig
 from lungseg.config.fields import CandidateScore
 from lungseg.dataset.case import Nodule
 from lungseg.dataset.stored_scans import StoredScan
-from lungseg.evaluate.froc import OVERLAP_IOU, Hits, luna16_hits, overlap_hits
+from lungseg.evaluate.froc import OVERLAP_IOU, Hits, luna16_hits, luna16_kinds, overlap_hits
 from lungseg.evaluate.kept import Prediction
 from lungseg.evaluate.matching import overlap
 from lungseg.evaluate.nodule import NoduleScore
@@ -27,10 +26,9 @@ UNKNOWN_DIAMETER_MM = 10.0
 
 @dataclass(frozen=True)
 class Mark:
-    """One candidate; `score` is the configured one. `luna16` is what it is by LUNA16's rule: on a "nodule",
-    "second" on one that a better mark hits, on something "excluded", or a "false positive"; `nodule_id` is
-    the nodule that it hits, or "". `iou` is the largest with any nodule, and `overlap` whether it exceeds
-    nnDetection's bound."""
+    """One candidate; `score` is the configured one. `luna16` is what it is by LUNA16's rule (see
+    `luna16_kinds`), `nodule_id` the nodule that it hits, or "". `iou` is the largest with any nodule, and
+    `overlap` whether it exceeds nnDetection's bound."""
 
     candidate: Candidate
     score: float
@@ -89,7 +87,7 @@ def detect(
     chosen = scores[config.candidate_score]
     marks_mm = _positions(one.centre_lps_mm for one in found)
     places = _places(rows, stored.truth.regions)
-    kinds = _kinds(marks_mm, chosen, *places)
+    kinds = luna16_kinds(marks_mm, chosen, *places)
     marks = (
         Mark(
             candidate=one,
@@ -123,25 +121,3 @@ def _places(rows: Sequence[NoduleScore], regions: Sequence[Nodule]) -> tuple[np.
         _positions(one.centre_lps_mm for one in regions),
         np.array([one or UNKNOWN_DIAMETER_MM for one in diameters]),
     )
-
-
-def _kinds(
-    marks_mm: np.ndarray,
-    scores: np.ndarray,
-    nodules_mm: np.ndarray,
-    diameters_mm: np.ndarray,
-    excluded_mm: np.ndarray,
-    excluded_diameters_mm: np.ndarray,
-) -> list[tuple[str, int]]:
-    """Of each mark what it is, and the first nodule that it hits, or -1."""
-    hits = cdist(marks_mm, nodules_mm) < diameters_mm / 2
-    excluded = (cdist(marks_mm, excluded_mm) < excluded_diameters_mm / 2).any(axis=1)
-    best = np.where(hits, scores[:, None], -np.inf).max(axis=0, initial=-np.inf)
-    found = []
-    for mark, score in enumerate(scores):
-        on = np.flatnonzero(hits[mark])
-        if on.size:
-            found.append(("nodule" if (score >= best[on]).any() else "second", int(on[0])))
-        else:
-            found.append(("excluded" if excluded[mark] else "false positive", -1))
-    return found

@@ -103,6 +103,10 @@ def _detection(detection: Mapping[str, Any]) -> str:
     for rule, title in titles.items():
         sensitivity, cpm = detection[rule]["sensitivity"].values(), detection[rule]["cpm"]
         rows.append([title, *map(show, sensitivity), _between(cpm)])
+        between = detection[rule]["sensitivity_bounds"].values()
+        rows.append(
+            ["  between", *("-" if low is None else f"{low:.2f}-{high:.2f}" for low, high in between), ""]
+        )
     by_score = ", ".join(f"{kind} {show(value)}" for kind, value in detection["cpm_by_score"].items())
     lines = [
         table(["rule", *luna16["sensitivity"], "CPM"], rows),

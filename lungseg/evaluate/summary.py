@@ -11,11 +11,11 @@ import numpy as np
 from lungseg.config.fields import CandidateScore
 from lungseg.errors import DataError
 from lungseg.evaluate import figures
-from lungseg.evaluate.bootstrap import LEVEL, REPLICATES, Ratio, Statistic, interval, resample
+from lungseg.evaluate.bootstrap import LEVEL, REPLICATES, Ratio, Statistic, bounds, interval, resample
 from lungseg.evaluate.calibration import reliability
 from lungseg.evaluate.case import CaseResult
 from lungseg.evaluate.figures import OF_READERS, OVER_NODULES, OVER_SCANS, STRATA, over_nodules, over_scans
-from lungseg.evaluate.froc import OPERATING_POINTS, Hits, froc
+from lungseg.evaluate.froc import OPERATING_POINTS, Hits, froc, sensitivities
 from lungseg.evaluate.marks import SCORES
 from lungseg.evaluate.records import cpm, to_record
 
@@ -130,9 +130,13 @@ def _detection(hits: Sequence[Hits], draws: Draws) -> dict[str, Any]:
     curve = froc(hits)
     steps = np.unique(np.linspace(0, len(curve.thresholds) - 1, CURVE_POINTS).astype(int))
     points = np.column_stack([curve.false_positives_per_scan, curve.sensitivity])[steps]
-    sensitivity = zip(OPERATING_POINTS, curve.at().tolist(), strict=True)
+    names = [f"{at:g}" for at in OPERATING_POINTS]
+    between = bounds(sensitivities(hits, draws.weights[:FROC_REPLICATES]))
     return {
-        "sensitivity": {f"{at:g}": _plain(value) for at, value in sensitivity},
+        "sensitivity": {name: _plain(value) for name, value in zip(names, curve.at(), strict=True)},
+        "sensitivity_bounds": {
+            name: [_plain(low), _plain(high)] for name, low, high in zip(names, *between, strict=True)
+        },
         "cpm": draws.of_figure(cpm(hits), FROC_REPLICATES),
         "threshold_at_1_false_positive": _plain(curve.threshold_at(1.0)),
         "curve": [[_plain(value) for value in point] for point in points],

@@ -18,6 +18,7 @@ from lungseg.evaluate.froc import (
     Hits,
     froc,
     luna16_hits,
+    luna16_kinds,
     overlap_hits,
     sensitivities,
 )
@@ -103,6 +104,14 @@ def test_the_curve_is_that_of_the_definition_and_of_scikit_learn(seed: int) -> N
     for mine, (found, false_positives) in zip(hits, slow, strict=True):
         assert mine.nodule_scores.tolist() == [MISSED if score is None else score for score in found]
         assert sorted(mine.false_positive_scores) == sorted(false_positives)
+    for scan, mine in zip(scans, hits, strict=True):
+        by_kind = [(*kind, score) for kind, score in zip(luna16_kinds(*scan), scan[1], strict=True)]
+        assert [score for kind, _, score in by_kind if kind == "false positive"] == list(
+            mine.false_positive_scores
+        )
+        hit = [nodule for kind, nodule, _ in by_kind if kind == "nodule"]
+        assert set(hit) <= set(np.flatnonzero(mine.nodule_scores > MISSED))
+        assert all((nodule >= 0) == (kind in ("nodule", "second")) for kind, nodule, _ in by_kind)
     curve = froc(hits)
     expected = [slow_sensitivity(slow, point) for point in OPERATING_POINTS]
     np.testing.assert_allclose(curve.at(), expected, rtol=0, atol=1e-12)
@@ -145,6 +154,8 @@ def test_of_too_many_marks_those_above_the_next_one_count() -> None:
     assert len(scores) > MAX_MARKS
     hits = luna16_hits(marks, scores, *NOWHERE, *NOWHERE)
     assert sorted(hits.false_positive_scores) == pytest.approx(sorted(scores[:90]))
+    kinds = [kind for kind, _ in luna16_kinds(marks, scores, *NOWHERE, *NOWHERE)]
+    assert kinds == ["false positive"] * 90 + ["too many"] * 13
     exactly = luna16_hits(marks[:MAX_MARKS], scores[:MAX_MARKS], *NOWHERE, *NOWHERE)
     assert len(exactly.false_positive_scores) == MAX_MARKS
 

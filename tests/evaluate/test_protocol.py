@@ -130,6 +130,7 @@ def test_detection_is_counted_by_both_rules(known: Evaluated) -> None:
     luna16, overlap = known.tree["detection"]["luna16"], known.tree["detection"]["overlap"]
     assert known.tree["detection"]["score"] == "max"
     assert luna16["sensitivity"]["0.125"] == 0.75
+    assert luna16["sensitivity_bounds"]["0.125"] == [0, 1]  # draws of one patient have none found, or all
     assert luna16["cpm"]["value"] == pytest.approx(0.75)
     assert overlap["sensitivity"]["8"] == 0.5  # one mark finds one nodule only
     assert luna16["threshold_at_1_false_positive"] == pytest.approx(0.7, abs=0.001)
