@@ -24,13 +24,13 @@ class CaseResult:
     """One scan. None where a number has no meaning: nodule numbers of a scan without nodules.
 
     `dice`, `mean_iou` and `accuracy` compare the whole scan's final mask (thresholded, small components
-    gone) with the truth, on the scan's own grid; `soft_dice`, `loss` (1 - soft_dice) and `cross_entropy`
-    compare the probabilities, on the grid that the network works on. `per_nodule_dice` is the mean over
-    nodules of the Dice with the components that touch each, misses as 0. `crop_dice` is the mean over nodules
-    of the Dice in a cube of 64 mm around each. `false_positives` are components that touch neither nodule nor
-    ignore region. `both_empty`: neither nodule nor component, where a Dice is a convention. Matchings are one
-    to one, at an IoU above 0.1 and 0.5; `rows` are the nodules. `voxels` counts those that count, in the
-    truth, in the mask and in both.
+    gone) with the truth on the scan's own grid, `working_grid_dice` on that of the network. `soft_dice`,
+    `loss` (1 - soft_dice) and `cross_entropy` compare the probabilities there. `per_nodule_dice` is the
+    mean over nodules of the Dice with the components that touch each, misses as 0. `crop_dice` is the mean
+    over nodules of the Dice in a cube of 64 mm around each. `false_positives` are components that touch
+    neither nodule nor ignore region. `both_empty`: neither nodule nor component, where a Dice is a
+    convention. Matchings are one to one, at an IoU above 0.1 and 0.5; `rows` are the nodules. `voxels`
+    counts those that count, in the truth, in the mask and in both.
     """
 
     case_id: str
@@ -39,6 +39,7 @@ class CaseResult:
     accuracy: float
     mean_iou: float
     dice: float
+    working_grid_dice: float
     soft_dice: float
     cross_entropy: float
     nodules: int
@@ -65,7 +66,8 @@ def evaluate_case(
 ) -> CaseResult:
     """Score one scan; its mask is the one that `lungseg predict` makes, on the scan's own grid."""
     truth = stored.truth
-    labels, covered = prediction.own_labels(truth.geometry, config)
+    found = prediction.components(config)
+    labels, covered = prediction.own_labels(found, truth.geometry, config.threshold)
     box = union([one for one in (covered, bounding_box(truth.numbers)) if one]) or (slice(0, 1),) * 3
     labels, numbers = labels[box], truth.numbers[box]
     counted = overlap(np.maximum(numbers, 0), labels, numbers < 0)
@@ -84,6 +86,7 @@ def evaluate_case(
         soft_dice=1 - loss,
         cross_entropy=cross_entropy,
         **_of_masks(**voxels),
+        working_grid_dice=_working_grid_dice(stored, prediction, found),
         voxels=voxels,
         nodules=len(rows),
         detected=int(counted.shared.any(axis=1).sum()),
@@ -111,6 +114,14 @@ def _of_masks(counted: int, truth: int, predicted: int, both: int) -> dict[str, 
         "mean_iou": (iou + background) / 2,
         "accuracy": 1 - (either - both) / counted if counted else 1.0,
     }
+
+
+def _working_grid_dice(stored: StoredScan, prediction: Prediction, found: np.ndarray) -> float:
+    numbers = stored.numbers[prediction.box_in(stored.volume.geometry)]
+    predicted = (found > 0) & (numbers >= 0)
+    both = np.count_nonzero(predicted & (numbers > 0))
+    total = np.count_nonzero(predicted) + np.count_nonzero(stored.numbers > 0)
+    return 2 * both / total if total else 1.0
 
 
 def _of_probabilities(stored: StoredScan, prediction: Prediction) -> tuple[float, float]:

@@ -20,10 +20,11 @@ from lungseg.evaluate.nodule import NoduleScore
 Part = tuple[float, float]
 Chosen = Callable[[NoduleScore], bool]
 
+OF_SCANS = ("loss", "accuracy", "mean_iou", "dice", "working_grid_dice", "soft_dice", "cross_entropy")
 OVER_SCANS: Mapping[str, Callable[[CaseResult], Part]] = {
     **{
         name: lambda case, name=name: (getattr(case, name), 1.0)  # type: ignore[misc]
-        for name in ("loss", "accuracy", "mean_iou", "dice", "soft_dice", "cross_entropy")
+        for name in OF_SCANS
     },
     "dice_without_empty_scans": lambda case: (case.dice, 1.0) if not case.both_empty else (0.0, 0.0),
     "false_positives_per_scan": lambda case: (case.false_positives, 1.0),

@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
@@ -46,12 +47,18 @@ class Prediction:
         shape = self.geometry.shape_zyx
         return tuple(slice(start, start + length) for start, length in zip(first, shape, strict=True))
 
-    def own_labels(self, grid: Geometry, config: SegmentConfig) -> tuple[np.ndarray, Box]:
-        """int32 [z, y, x] on the scan's own `grid`: the components as `segment` finds them; and their box."""
-        probability = self.probability.astype(np.float32)
-        found = components(probability, config, self.geometry.spacing_mm, self.lungs)
-        labels, placed = onto_scan(found, probability, self.geometry, grid, config.threshold)
+    def components(self, config: SegmentConfig) -> np.ndarray:
+        """int32 [z, y, x] on `geometry`: as `segment` finds them."""
+        return components(self._float32, config, self.geometry.spacing_mm, self.lungs)
+
+    def own_labels(self, found: np.ndarray, grid: Geometry, threshold: float) -> tuple[np.ndarray, Box]:
+        """The components `found` on the scan's own `grid`, as `segment` brings them there; and their box."""
+        labels, placed = onto_scan(found, self._float32, self.geometry, grid, threshold)
         return labels, union([level.box for _, level, _ in placed])
+
+    @cached_property
+    def _float32(self) -> np.ndarray:
+        return self.probability.astype(np.float32)
 
     def lungs_on(self, part: Geometry) -> np.ndarray | None:
         """uint8 [z, y, x] on a small grid."""

@@ -35,7 +35,7 @@ def _picture(
     """The slice of the scan's own grid with most of the nodule, as `card.picture`; the image is that which
     the network saw, interpolated."""
     truth = stored.truth
-    labels, _ = prediction.own_labels(truth.geometry, config)
+    labels, _ = prediction.own_labels(prediction.components(config), truth.geometry, config.threshold)
     inside = truth.numbers == row.number
     z = int(inside.sum(axis=(1, 2)).argmax())
     middle = np.argwhere(inside[z]).mean(axis=0)

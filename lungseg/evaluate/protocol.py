@@ -188,25 +188,29 @@ def _run(tasks: Sequence[Task], progress: Progress, refuse: Refuse) -> list[Scor
                 found.append(one)
                 tell(one)
                 progress(len(found), len(tasks))
-        except BaseException:
-            turns.ended = True
+        except BaseException as error:
+            turns.failure = turns.failure or error
             threads.shutdown(wait=False, cancel_futures=True)
-            raise
+            raise turns.failure from None
     return found
 
 
 class _Turns:
-    """A predictor for several threads, which take turns, and find it closed once one of them has failed."""
+    """A predictor for several threads, which take turns; after a failure nobody has one."""
 
     def __init__(self, predict: Predictor) -> None:
         self._predict, self._turn = predict, Lock()
-        self.ended = False
+        self.failure: BaseException | None = None
 
     def __call__(self, volume_hu: np.ndarray) -> np.ndarray:
         with self._turn:
-            if self.ended:
+            if self.failure:
                 raise CancelledError
-            return self._predict(volume_hu)
+            try:
+                return self._predict(volume_hu)
+            except BaseException as error:
+                self.failure = error
+                raise
 
 
 def _attempt(task: Task) -> Scored | Broken:

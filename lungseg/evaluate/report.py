@@ -18,6 +18,7 @@ SCHEMA_VERSION = 2
 HEADLINES = {
     "dice": "Dice (full scan, per case)",
     "dice_without_empty_scans": "Dice (full scan, empty against empty left out)",
+    "working_grid_dice": "Dice (full scan, on the network's grid)",
     "soft_dice": "soft Dice (of probabilities, working grid)",
     "cross_entropy": "cross-entropy (nats a voxel, working grid)",
     "per_nodule_dice": "per-nodule Dice (all components that touch, misses as 0)",

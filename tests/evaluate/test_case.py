@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
-from helpers.scored import labelled, numbered, said
+from helpers.scored import hold_out, labelled, network, numbered, said
 from helpers.voxelwise import count_voxel_by_voxel
+from scipy import ndimage
 
 from lungseg.config import SegmentConfig
 from lungseg.dataset.cutting import to_grid
+from lungseg.dataset.stored_scans import read_scan
 from lungseg.errors import DataError
+from lungseg.evaluate import metrics
 from lungseg.evaluate.baseline import baseline_figures, threshold_baseline
 from lungseg.evaluate.case import CaseResult, evaluate_case
+from lungseg.evaluate.kept import kept_prediction
 from lungseg.evaluate.summary import summarise
+from lungseg.segment.predict import segment
+from lungseg.storage import open_store
 
 SHAPE = (40, 40, 120)
 MM = (1.0, 1.0, 1.0)
@@ -159,3 +167,27 @@ def test_the_baseline_is_scored_like_a_model() -> None:
     stored = to_grid(scan, MM)
     found = baseline_figures(stored, said(EMPTY, stored), CONFIG)
     assert found == {"dice": [pytest.approx(2 / 3)], "per_nodule_dice": [1.0], "crop_dice": [1.0]}
+
+
+def test_masks_are_those_of_predict_on_the_scans_own_grid(tmp_path: Path) -> None:
+    """From thick slices and fine pixels to 1 mm and back, the kept probabilities rounded to float16."""
+    spacing_mm = (2.5, 0.7, 0.8)
+    random = np.random.default_rng(3)
+    smooth = ndimage.gaussian_filter(random.random((24, 50, 60)), (1.5, 5, 5))
+    probability = np.clip((smooth - smooth.mean()) / smooth.std() / 4 + 0.35, 0, 1)
+    scan = labelled(numbered(probability > 0.55), spacing_mm, probability)
+    manifest, model = hold_out(open_store(tmp_path), [scan], MM)
+    (entry,) = manifest.held_out["test"]
+    prediction = kept_prediction(open_store(tmp_path), entry, model, "test", network)
+    wanted = segment(network, scan.volume, model.recipe).labels > 0
+    found, box = prediction.own_labels(prediction.components(CONFIG), scan.volume.geometry, CONFIG.threshold)
+    assert 2000 < wanted.sum() < 30_000
+    assert np.count_nonzero((found > 0) != wanted) <= 0.001 * wanted.sum()
+    assert (found[box] > 0).sum() == (found > 0).sum()
+    stored = read_scan(open_store(tmp_path), entry)
+    result = evaluate_case(stored, prediction, CONFIG)
+    assert result.dice == metrics.dice(scan.mask, found > 0)
+    assert result.working_grid_dice == metrics.dice(
+        stored.mask == 1, prediction.components(CONFIG), stored.mask == 255
+    )
+    assert result.dice != result.working_grid_dice
