@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -264,6 +265,18 @@ def test_what_cannot_be_copied_is_refused_without_a_word_of_the_patient(plain: I
         read_source(plain)
     with pytest.raises(DataError, match="dicom-needed"):
         read_source(Input("c", "scan", tmp_path / "scan.nii"))
+
+
+def test_no_warning_quotes_the_patients_name(
+    plain: Input, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    changed(plain, PatientName="Single")  # which highdicom finds unlikely, and quotes
+    empty = segmented(plain, np.zeros((4, 12, 12), np.float32))
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        write(empty, read_source(plain), tmp_path / "out", run="r", checkpoint="1")
+    assert not [one for one in heard if "Single" in str(one.message)]
+    assert "Single" not in caplog.text
 
 
 def test_a_folder_of_another_study_or_kind_is_left_alone(plain: Input, tmp_path: Path) -> None:

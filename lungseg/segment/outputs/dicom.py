@@ -7,7 +7,10 @@ writes does. They have a folder of their own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +35,21 @@ MAY_BE_EMPTY = (
 )  # fmt: skip
 
 
+@contextmanager
+def unheard() -> Iterator[None]:
+    """Without the warnings of pydicom and highdicom, which quote the values of tags, so also names."""
+    log = logging.getLogger("highdicom")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(before)
+
+
+@unheard()
 def read_source(one: Input) -> list[Dataset]:
     """The headers of a scan's slices in the order of its volume; tags that may be empty are there.
 
@@ -72,6 +90,7 @@ def require_own(folder: Path, source: Sequence[Dataset]) -> None:
         raise DataError("output-foreign", folder=folder, remedy=remedy)
 
 
+@unheard()
 def write(
     segmentation: Segmentation, source: Sequence[Dataset], folder: Path, *, run: str, checkpoint: str
 ) -> None:
