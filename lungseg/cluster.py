@@ -16,13 +16,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from lungseg.errors import ConfigError, LungsegError
+from lungseg.errors import ConfigError, LungsegError, StorageError
+from lungseg.show import duration
 from lungseg.telemetry import Progress, Relay, log, waiting
 
 # Read when Ray is imported. Under `uv run`, Ray would ship the working folder and build a second
 # virtual environment for its workers; ours have the same one already.
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# That no node can take a task "yet" is told for every task that merely waits.
+os.environ.setdefault("RAY_SCHEDULER_EVENTS", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 # Ctrl-C must end `lungseg tune` as it ends every verb, not make a result of what is there.
@@ -30,6 +33,7 @@ os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
 
 _OBJECT_STORE_BYTES = 1 << 30
 _ANSWER_SECONDS = 12.0
+_LOOK_SECONDS, _TELL_SECONDS = 2.0, 20.0
 worker_lines = ExitStack()
 """Shows what workers on this machine log; closed at the end, or earlier by who wants the last word."""
 atexit.register(worker_lines.close)
@@ -40,6 +44,30 @@ def show_worker_lines() -> None:
     """Show now what workers on this machine have logged till now."""
     for one in _relays:
         one.catch_up()
+
+
+def on_a_cluster() -> bool:
+    """Whether Ray is one that others have started, as in every job: what is not there now may come."""
+    return os.environ.get("RAY_ADDRESS", "local") not in ("", "local")
+
+
+def await_store(check: Callable[[], None], minutes: float) -> None:
+    """On a cluster, which may start its store together with its jobs, return once the store answers. Raises
+    what `check` raises. Elsewhere whoever reads first is told."""
+    if not on_a_cluster():
+        return
+    began = told = time.monotonic()
+    while True:
+        try:
+            return check()
+        except StorageError as error:
+            spent = time.monotonic() - began
+            if error.code != "store-unreachable" or spent > minutes * 60:
+                raise
+            if told == began or time.monotonic() - told > _TELL_SECONDS:
+                told = time.monotonic()
+                log("cluster").info("waiting for the store, %s: %s", duration(spent), error.message)
+        time.sleep(_LOOK_SECONDS)
 
 
 def connect() -> Any:
@@ -53,9 +81,8 @@ def connect() -> Any:
     if ray.is_initialized():
         return ray
     with _sigterm_kept():
-        address = os.environ.get("RAY_ADDRESS")
-        if address and address != "local":
-            _join(ray, address)
+        if on_a_cluster():
+            _join(ray, os.environ["RAY_ADDRESS"])
         else:
             _start(ray)
     return ray

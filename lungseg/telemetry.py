@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cache
 from typing import Any, Self, TextIO
 
@@ -33,9 +33,9 @@ def _counter(name: str, meaning: str, registry: CollectorRegistry = WORKER_METRI
     return Counter(f"lungseg_{name}", meaning, registry=registry)
 
 
-def _gauge(name: str, meaning: str) -> Gauge:
+def _gauge(name: str, meaning: str, registry: CollectorRegistry = WORKER_METRICS) -> Gauge:
     """NaN until it is set, and not exported then: a rank that does not validate has no Dice, not 0."""
-    gauge = Gauge(f"lungseg_{name}", meaning, registry=WORKER_METRICS)
+    gauge = Gauge(f"lungseg_{name}", meaning, registry=registry)
     gauge.set(math.nan)
     return gauge
 
@@ -60,6 +60,7 @@ CHECKPOINT_SECONDS = _seconds(
 )
 CHECKPOINT_BYTES = _counter("checkpoint_bytes", "Bytes of committed checkpoints; rank 0 only")
 RESTARTS = _counter("restarts", "Restarts of all workers after one had failed; rank empty", GROUP_METRICS)
+MISSING_WORKERS = _gauge("missing_workers", "Workers that a run waits for; rank empty", GROUP_METRICS)
 CHECKSUM_FAILURES = _counter("checksum_failures", "Record batches that came with wrong bytes")
 STREAM_PATCHES = _counter("stream_patches", "Patches given to training and validation")
 STREAM_BYTES = _counter("stream_bytes", "Bytes of record batches that came from the store")
@@ -170,7 +171,7 @@ class Relay:
 
 
 @contextmanager
-def quiet_tensorflow() -> Iterator[None]:
+def quiet_tensorflow(told: bool = True) -> Iterator[None]:
     """For the import of TensorFlow and its first look for devices.
 
     Its C++ then writes notices about CPU features and absent GPUs to file descriptor 2, below any logger
@@ -187,7 +188,7 @@ def quiet_tensorflow() -> Iterator[None]:
         os.dup2(notices.fileno(), 2)
         shown = b""
         try:
-            with waiting("importing TensorFlow", 10, terminal), lean_keras():
+            with waiting("importing TensorFlow", 10, terminal) if told else nullcontext(), lean_keras():
                 yield
         except LungsegError:
             raise

@@ -15,7 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from lungseg.cluster import _wait_for_answer
+from lungseg.cluster import _wait_for_answer, await_store
+from lungseg.errors import StorageError
+from lungseg.telemetry import log
 
 
 def connect(**environment: str) -> tuple[str, float]:
@@ -45,6 +47,36 @@ def test_a_cluster_that_is_gone_is_told_in_a_quarter_of_a_minute() -> None:
         line, seconds = connect(RAY_ADDRESS=f"127.0.0.1:{closed.getsockname()[1]}")
     assert "cluster-unreachable" in line
     assert 10 < seconds < 60  # the rest is Ray's import on a busy machine
+
+
+def test_a_store_that_starts_with_its_cluster_is_waited_for_and_elsewhere_or_for_ever_it_is_not(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    answers = iter([StorageError("store-unreachable", message="refused", remedy="wait")])
+
+    def check() -> None:
+        for error in answers:
+            raise error
+
+    monkeypatch.setattr("lungseg.cluster._LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(log("cluster").parent, "propagate", True)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    await_store(check, minutes=1)  # whoever reads first is told
+    assert caplog.messages == []
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
+    await_store(check, minutes=1)
+    assert caplog.messages == ["waiting for the store, 0 s: refused"]
+
+    def never() -> None:
+        raise StorageError("store-unreachable", remedy="wait")
+
+    def wrong() -> None:
+        raise StorageError("store-refused", remedy="give the right key")
+
+    with pytest.raises(StorageError, match="store-unreachable"):
+        await_store(never, minutes=0.001)
+    with pytest.raises(StorageError, match="store-refused"):
+        await_store(wrong, minutes=1)
 
 
 def test_a_head_that_comes_back_is_waited_for() -> None:

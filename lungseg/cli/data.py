@@ -92,13 +92,17 @@ def _prepare(
     excluded: Sequence[Exclusion],
     skip_broken: bool,
 ) -> None:
+    from lungseg.cluster import await_store
     from lungseg.dataset.card import describe
     from lungseg.dataset.prepare import prepare
     from lungseg.storage import keys, open_store
     from lungseg.telemetry import progress
 
     with progress("scans") as report:
-        manifest = prepare(open_store(uri), name, cases, recipe.data, report, excluded, skip_broken)
+        opened = open_store(uri)
+        if opened.remote:  # a folder need not be there yet
+            await_store(opened.check, recipe.train.wait_minutes)
+        manifest = prepare(opened, name, cases, recipe.data, report, excluded, skip_broken)
     print(describe(manifest))
     print(f"excluded: {len(manifest.excluded)} scans; manifest {manifest.sha256[:12]}")
     print(f"data card: {uri.rstrip('/')}/{keys.card(name, 'html')}")

@@ -7,6 +7,7 @@ import tempfile
 import traceback
 from typing import NoReturn
 
+from lungseg.cluster import on_a_cluster
 from lungseg.errors import LungsegError
 
 INTERRUPTED = 130
@@ -37,12 +38,14 @@ class Refused:
 
 
 def unexpected(error: Exception) -> str:
-    """One line for an error that is not ours; its traceback goes to a file that the line names."""
+    """One line for an error that is not ours. Its traceback goes to a file that the line names, or in a job,
+    whose pod takes its files along, to the log before that line."""
+    said = f"unexpected {type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}. Remedy: "
+    if on_a_cluster():
+        traceback.print_exception(error)
+        return said + "report it with the traceback above"
     with tempfile.NamedTemporaryFile(
         "w", prefix="lungseg-error-", suffix=".log", delete=False, encoding="utf-8", errors="backslashreplace"
     ) as file:
         traceback.print_exception(error, file=file)
-    said = str(error).strip().partition("\n")[0][:200]
-    return (
-        f"unexpected {type(error).__name__}: {said}. Remedy: read {file.name}, and report it with that file"
-    )
+    return said + f"read {file.name}, and report it with that file"

@@ -45,6 +45,9 @@ class TrainConfig(Frozen):
         None, description="begin with the best weights of this run, of like network"
     )
     max_failures: int = Field(3, ge=0, description="worker deaths that are survived by restarting the group")
+    wait_minutes: float = Field(
+        15, ge=0, description="how long a job on a cluster waits for its nodes, and for its store"
+    )
     log_every_steps: int = Field(
         10, ge=1, description="logging waits for the device; notices are heeded then"
     )

@@ -12,6 +12,9 @@ from lungseg.config import Recipe
 from lungseg.dataset.manifest import Manifest
 from lungseg.storage import Store
 
+LEFT = "worker-asked-to-leave"
+"""The code of the error by which a worker leaves once its state is committed."""
+
 
 @dataclass(frozen=True)
 class Session:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Sequence
+from logging import DEBUG
 from typing import Any
 
-from lungseg.cluster import connect
+from lungseg.cluster import await_store, connect
 from lungseg.config import Recipe
 from lungseg.dataset.manifest import Manifest, load_manifest
-from lungseg.errors import LungsegError, RunError, StorageError
+from lungseg.errors import LungsegError, RunError
 from lungseg.exporter import Source, count_restart, pushing, start_exporter
 from lungseg.runs.best import Best
 from lungseg.runs.checkpoint import Checkpoints
@@ -18,10 +18,12 @@ from lungseg.runs.fit import check_fit, on_data
 from lungseg.runs.run import Mode, load_run, open_run, refuse_taken, run_exists
 from lungseg.storage import Store, keys
 from lungseg.telemetry import GROUP_METRICS, log, log_wait
-from lungseg.train.job import Job
+from lungseg.train.failure import cause_of, failure_of, last_line, may_pass
+from lungseg.train.job import LEFT, Job
+from lungseg.train.ready import ready_workers
 from lungseg.train.resources import worker_resources
 from lungseg.train.stop import heed_signals, is_marked, unmarked
-from lungseg.train.worker import LEFT, backend_config, work
+from lungseg.train.worker import backend_config, work
 
 
 def train(store: Store, data: str, run: str, recipe: Recipe, mode: Mode = "fresh") -> Best:
@@ -30,6 +32,7 @@ def train(store: Store, data: str, run: str, recipe: Recipe, mode: Mode = "fresh
     Raises DataError("data-missing"), RunError("run-exists", "run-differs"), ConfigError("gpus-missing",
     "too-few-cpus"), and what a worker raised after `train.max_failures` restarts.
     """
+    await_store(store.check, recipe.train.wait_minutes)
     manifest = load_manifest(store, data)
     recipe = on_data(recipe, manifest)
     refuse_taken(store, run, mode)
@@ -37,9 +40,10 @@ def train(store: Store, data: str, run: str, recipe: Recipe, mode: Mode = "fresh
     if ended:
         return ended
     check_fit(manifest, recipe, "train")  # told before Ray takes its seconds
-    worker_resources(recipe.train, connect().nodes())  # a run that cannot start must not claim the name
+    # A run that cannot start must not claim the name.
+    resources = ready_workers(recipe, source_of(keys.run_root(run)))
     opened = open_run(store, run, manifest, recipe, mode)
-    fit(store, keys.run_root(run), opened.attempt, manifest, recipe, init=opened.init)
+    fit(store, keys.run_root(run), opened.attempt, manifest, recipe, init=opened.init, resources=resources)
     best = Checkpoints(store, keys.run_root(run)).best()
     assert best is not None  # every epoch that ends commits one
     return best
@@ -65,16 +69,19 @@ def fit(
     recipe: Recipe,
     callbacks: Sequence[Any] = (),
     init: str = "",
+    resources: dict[str, int] | None = None,
 ) -> None:
-    """Run the workers below the prefix `root` of the store; also the body of every tuning trial.
+    """Run the workers, each of which is given `resources` (default: what the nodes have now), below the prefix
+    `root` of the store; also the body of every tuning trial.
 
     Where there are `callbacks`, every epoch is committed before they hear of it.
     """
     ray = connect()
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train import ScalingConfig
+    from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig
 
-    resources = worker_resources(recipe.train, ray.nodes())
-    exporter, source = start_exporter(recipe.telemetry), _source(root)
+    resources = resources or worker_resources(recipe.train, ray.nodes())
+    exporter, source = start_exporter(recipe.telemetry), source_of(root)
     with (
         tempfile.TemporaryDirectory(prefix="lungseg-ray-", ignore_cleanup_errors=True) as scratch,
         pushing(exporter, source, GROUP_METRICS, recipe.telemetry.push_seconds),
@@ -97,6 +104,8 @@ def fit(
             # Ray's own snapshots are not used: what a run resumes from is our newest valid checkpoint.
             run_config=RunConfig(
                 name="train",
+                # Ray tells of each failure in pages, twice; what became of it is told by our own lines.
+                logging_config=LoggingConfig("INFO" if log("train").isEnabledFor(DEBUG) else "CRITICAL"),
                 storage_path=scratch,
                 failure_config=FailureConfig(max_failures=recipe.train.max_failures),
                 callbacks=[_watcher(recipe.train.max_failures, exporter, source), *callbacks],
@@ -107,10 +116,10 @@ def fit(
             with unmarked():
                 _run(trainer)
         except Exception as error:
-            ours = LungsegError.find_in(error)
-            if ours:
-                raise ours from error
-            raise
+            cause = cause_of(error)
+            if cause is error:
+                raise
+            raise cause from error
 
 
 def _run(trainer: Any) -> None:
@@ -135,15 +144,14 @@ def _trainer_class() -> Any:
     as if all were well; and without two helpers, each a process that imports pandas for seconds and has no
     work here.
 
-    One hands out data sets of Ray Data. The other frees the placement group of a controller that died, for
-    which it asks the dashboard, and a local Ray, which has none, dies with its driver.
+    One hands out data sets of Ray Data. The other frees the placement group of a controller that died, which
+    Ray does anyway when its job ends, and tuning for a trial.
     """
     from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
     from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-    local = not os.environ.get("RAY_ADDRESS")
-    idle = DatasetsCallback | PlacementGroupCleanerCallback if local else DatasetsCallback
+    idle = DatasetsCallback | PlacementGroupCleanerCallback
 
     class Trainer(DataParallelTrainer):
         def _create_default_callbacks(self) -> list[Any]:
@@ -155,7 +163,7 @@ def _trainer_class() -> Any:
     return Trainer
 
 
-def _source(root: str) -> Source:
+def source_of(root: str) -> Source:
     """The labels of the metrics of "runs/NAME" or "runs/NAME/trials/TRIAL"."""
     return Source(*keys.run_and_trial(root))
 
@@ -170,10 +178,10 @@ def _watcher(max_failures: int, exporter: Any | None, source: Source) -> Any:
 
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
             for rank, error in worker_exceptions.items():
-                # Of a remote traceback the last line names the error.
-                log("train").warning("worker %d failed: %s", rank, str(error).strip().rpartition("\n")[2])
-                ours = LungsegError.find_in(error)
-                if ours and (not _may_pass(ours) or is_marked("stop")):
+                ours, stopped = failure_of(rank, error), is_marked("stop")
+                if not (stopped and ours and ours.code == LEFT):
+                    log("train").warning("worker %d failed: %s", rank, ours or last_line(error))
+                if ours and (not may_pass(ours) or stopped):
                     raise ours
             if is_marked("stop"):
                 remedy = "the same command with --resume goes on from the newest checkpoint"
@@ -183,8 +191,3 @@ def _watcher(max_failures: int, exporter: Any | None, source: Source) -> Any:
                 count_restart(exporter, source)
 
     return Watcher()
-
-
-def _may_pass(error: LungsegError) -> bool:
-    """Whether starting the workers again may help."""
-    return error.code == LEFT or (isinstance(error, StorageError) and error.code != "store-full")

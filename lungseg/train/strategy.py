@@ -14,6 +14,11 @@ from lungseg.config import Recipe, TrainConfig
 from lungseg.errors import ConfigError
 
 
+def look_for_devices() -> None:
+    """TensorFlow's first look, at which its C++ speaks up about drivers that are not there."""
+    tf.config.list_physical_devices()
+
+
 def make_strategy(recipe: Recipe, world_size: int, threads: int | None) -> tf.distribute.Strategy:
     """The strategy of this worker; for several, TF_CONFIG names the peers (Ray Train sets it).
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import time
@@ -14,13 +15,11 @@ from typing import Any, NoReturn
 from lungseg.errors import RunError
 from lungseg.exporter import pushing
 from lungseg.storage.base import DISK_FULL
-from lungseg.telemetry import WORKER_METRICS, lean_keras, log_wait
-from lungseg.train.job import Job, Session
+from lungseg.telemetry import WORKER_METRICS, log, log_wait, quiet_tensorflow
+from lungseg.train.job import LEFT, Job, Session
 from lungseg.train.notice import heed_sigterm, was_asked
 from lungseg.train.stop import clear_mark, is_marked, set_mark, watch_for_stop
 
-LEFT = "worker-asked-to-leave"
-"""The code of the error by which a worker leaves once its state is committed."""
 _held: list[socket.socket] = []
 
 
@@ -80,7 +79,8 @@ def _meet(addresses: list[str], rank: int) -> None:
 
 def work(config: dict[str, Any]) -> None:
     """The body of a Ray Train worker. TensorFlow is first imported here, in its own process."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    if not log("train").isEnabledFor(logging.DEBUG):
+        os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # what its errors lead to is raised as well
     import ray.train
     from ray.train.collective import broadcast_from_rank_zero
 
@@ -88,8 +88,13 @@ def work(config: dict[str, Any]) -> None:
     watch_for_stop()
     if context.get_world_rank() == 0:
         log_wait("importing TensorFlow", 10)
-    with lean_keras():
+    # Of TensorFlow's own log the driver gets warnings and errors.
+    logging.getLogger("tensorflow").setLevel(logging.WARNING)
+    with quiet_tensorflow(told=False):
         from lungseg.train.loop import run_worker
+        from lungseg.train.strategy import look_for_devices
+
+        look_for_devices()
 
     set_mark("training")
     group = ray.get_runtime_context().get_placement_group_id()  # of all workers; tuning frees it

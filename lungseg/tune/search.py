@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from lungseg.cluster import connect
+from lungseg.cluster import await_store, connect
 from lungseg.config import Recipe
 from lungseg.config.stored import stored_recipe
 from lungseg.dataset.manifest import Manifest, load_manifest
@@ -20,7 +20,8 @@ from lungseg.runs.fit import check_fit, on_data
 from lungseg.runs.run import Mode, load_run, open_run, refuse_taken, run_exists
 from lungseg.storage import Store, keys
 from lungseg.telemetry import log
-from lungseg.train.launch import fit
+from lungseg.train.launch import fit, source_of
+from lungseg.train.ready import ready_workers
 from lungseg.train.resources import worker_resources
 from lungseg.tune.page import render
 from lungseg.tune.promote import drop_losers, promote, winner
@@ -46,15 +47,16 @@ def tune(
     "resume" goes on with a sweep: interrupted trials from their newest checkpoint, then new ones. Raises what
     `train` and `check_space` raise, RunError("no-trial"), RunError("run-differs") for another space.
     """
+    await_store(store.check, recipe.train.wait_minutes)
     manifest = load_manifest(store, data)
     recipe = on_data(recipe, manifest)
     refuse_taken(store, run, mode)
     _refuse_other_space(store, run, recipe, mode)
     check_fit(manifest, recipe, "tune")
     check_space(recipe)
-    worker_resources(recipe.train, connect().nodes())  # a run that cannot start must not claim the name
-    attempt = open_run(store, run, manifest, recipe, mode, kind="tune").attempt
     root = keys.run_root(run)
+    ready_workers(recipe, source_of(root))  # a run that cannot start must not claim the name
+    attempt = open_run(store, run, manifest, recipe, mode, kind="tune").attempt
     with tempfile.TemporaryDirectory(prefix="lungseg-tune-", ignore_cleanup_errors=True) as folder:
         sweep = _Sweep(store, root, attempt, manifest, recipe, Path(folder))
         sweep.run(sweep.trials.to_come(trials or _AS_MANY_AS_FIT), minutes)

@@ -72,6 +72,22 @@ def test_an_error_that_is_not_ours_is_one_line_and_a_file(
     assert "in broken" in log.read_text()
 
 
+def test_in_a_job_the_traceback_is_in_its_log_and_no_file_is_named_that_dies_with_its_pod(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("first line\nsecond line")
+
+    monkeypatch.setattr("lungseg.runs.run.list_runs", broken)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    with pytest.raises(SystemExit):
+        cli.main(["runs", "--store", str(here)])
+    *above, last = capsys.readouterr().err.splitlines()
+    assert any("in broken" in line for line in above)
+    remedy = "Remedy: report it with the traceback above"
+    assert last == f"lungseg: unexpected ZeroDivisionError: first line. {remedy}"
+
+
 def test_an_error_of_ours_that_ray_wrapped_is_told_as_ours(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

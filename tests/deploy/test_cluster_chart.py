@@ -16,6 +16,7 @@ import yaml
 from helpers.kuberay import pod_templates
 
 from lungseg.config import load_recipe
+from lungseg.train.resources import planned_nodes
 
 ROOT = Path(__file__).parents[2]
 VALUES = sorted(ROOT.glob("deploy/values-*.yaml"))
@@ -171,6 +172,18 @@ def test_workers_take_a_node_each_and_the_head_takes_no_tasks(render_one: Render
         assert rule["labelSelector"]["matchLabels"].items() <= labels.items()
         assert labels["app.kubernetes.io/component"] == "worker"
         assert {"name": "shared-memory", "mountPath": "/dev/shm"} in pod["containers"][0]["volumeMounts"]
+
+
+def test_jobs_are_told_what_nodes_there_can_be(render_one: RenderOne) -> None:
+    def told(*flags: str) -> list[tuple[int, int]]:
+        pod = next(pod_templates([render_one("RayCluster", "lungseg", BUNDLED, *flags)]))
+        variables = {one["name"]: one.get("value") for one in pod["spec"]["containers"][0]["env"]}
+        nodes = [node["Resources"] for node in planned_nodes(variables["LUNGSEG_NODE_GROUPS"])]
+        return [(one["CPU"], one["GPU"]) for one in nodes]
+
+    assert told() == [(4, 0)] * 2
+    assert told(*EVERYTHING) == [(4, 0)] * 3 + [(8, 4), (8, 0)]  # what autoscaling may make of them
+    assert told(*EVERYTHING, "--set=autoscaling.enabled=false") == [(4, 0), (8, 4), (8, 0)]
 
 
 def test_a_stopped_driver_has_time_to_commit_before_its_pod_goes(render_one: RenderOne) -> None:

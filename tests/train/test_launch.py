@@ -18,7 +18,7 @@ from helpers.scraping import Endpoint
 from helpers.train_watch import actors, assert_same_end, lines, train_workers
 
 from lungseg.errors import ConfigError, RunError, StorageError
-from lungseg.train.launch import _source, _watcher
+from lungseg.train.launch import _watcher, source_of
 from lungseg.train.worker import disk_has_room
 
 Moment = tuple[Callable[[set[str]], bool], signal.Signals]
@@ -165,7 +165,7 @@ def test_our_own_errors_come_out_of_ray_as_themselves_and_are_not_tried_again(
 
 
 def test_a_full_disk_ends_a_run_at_once_and_a_store_that_may_come_back_does_not() -> None:
-    watch = _watcher(3, None, _source("runs/r")).after_exception
+    watch = _watcher(3, None, source_of("runs/r")).after_exception
     away = StorageError("store-unreachable", remedy="wait")
     watch(None, {0: away})
     for full in (StorageError("store-full", remedy="free space"), RunError("disk-full", remedy="free space")):

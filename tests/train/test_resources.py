@@ -6,7 +6,7 @@ import pytest
 
 from lungseg.config import load_recipe
 from lungseg.errors import ConfigError
-from lungseg.train.resources import worker_resources
+from lungseg.train.resources import planned_nodes, worker_resources, workers_there
 
 
 @pytest.mark.parametrize(
@@ -16,7 +16,8 @@ from lungseg.train.resources import worker_resources
         ([8], 2, None, 4),
         ([8], 3, None, 2),
         ([4, 8], 2, None, 4),  # one a node, alike on both
-        ([4, 8], 3, None, 2),
+        ([4, 8], 3, None, 4),
+        ([4, 32, 32], 2, None, 32),  # the smallest takes none, so it bounds nobody's cores
         ([0, 4, 4], 2, None, 4),  # a head node that takes no work
         ([8], 2, 1, 1),
         ([4, 8], 1, 8, 8),  # more than the smallest node has, but the larger one has them
@@ -67,3 +68,31 @@ def test_gpus_that_no_node_has_are_refused_and_cores_are_those_beside_them(
             worker_resources(config, listed)
     else:
         assert worker_resources(config, listed) == {"CPU": given, "GPU": gpus}
+
+
+@pytest.mark.parametrize(
+    ("settings", "cores", "there"),
+    [
+        ([], [], 0),  # right after the head has come back
+        ([], [0], 0),
+        ([], [0, 4], 1),  # and not two of two cores each on the one node that is up
+        ([], [0, 4, 4], 2),
+        (["train.cpus_per_worker=2"], [0, 4], 1),
+        (["train.cpus_per_worker=2"], [0, 4, 4], 2),
+        (["train.workers=4"], [4], 2),
+        (["train.workers=4"], [4, 4], 4),
+    ],
+)
+def test_workers_are_there_once_the_nodes_are_that_the_cluster_will_have(
+    settings: list[str], cores: list[int], there: int
+) -> None:
+    planned = planned_nodes('[{"nodes": 2, "CPU": "3500m", "GPU": 0}]')  # which Ray counts as 4 cores
+    config = load_recipe(None, ["train.workers=2", "train.global_batch=4", *settings]).train
+    nodes = [{"Alive": True, "Resources": {"CPU": float(count)}} for count in cores]
+    assert workers_there(config, nodes, planned) == there
+
+
+def test_where_nobody_says_what_is_planned_workers_share_what_is_there() -> None:
+    config = load_recipe(None, ["train.workers=2", "train.global_batch=2"]).train
+    assert planned_nodes(None) == []
+    assert workers_there(config, [{"Alive": True, "Resources": {"CPU": 4.0}}], []) == 2

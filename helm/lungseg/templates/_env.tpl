@@ -38,6 +38,8 @@
   value: /etc/lungseg/ca/{{ .Values.caBundle.key }}
 {{- end }}
 {{- include "lungseg.proxyEnv" . }}
+- name: LUNGSEG_NODE_GROUPS
+  value: {{ include "lungseg.nodeGroups" . | quote }}
 - name: RAY_JOB_STOP_SIGNAL
   value: SIGINT
 - name: RAY_JOB_STOP_WAIT_TIME_S
@@ -50,6 +52,16 @@
 - name: LUNGSEG_METRICS_PORT
   value: {{ .Values.metrics.port | quote }}
 {{- end }}
+{{- end -}}
+
+{{- /* What nodes there are once all have come: a job waits for these, and what they cannot give is refused. */ -}}
+{{- define "lungseg.nodeGroups" -}}
+{{- $groups := list -}}
+{{- range .Values.workers -}}
+{{- $most := $.Values.autoscaling.enabled | ternary (.maxReplicas | default .replicas) .replicas -}}
+{{- $groups = append $groups (dict "nodes" (int $most) "CPU" (toString .cpu) "GPU" (.gpus | default 0 | int)) -}}
+{{- end -}}
+{{- toJson $groups -}}
 {{- end -}}
 
 {{- /* In capitals only: both spellings would be two variables to keep alike, and what lungseg uses reads these. */ -}}
