@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import typer
 
 # Each registers its verbs.
-from lungseg.cli import data, machine, segmenting, settings, training  # noqa: F401
+from lungseg.cli import data, jobs, machine, segmenting, settings, training  # noqa: F401
 from lungseg.cli.app import app
 from lungseg.cli.ends import INTERRUPTED, end, unexpected
 from lungseg.cluster import show_worker_lines, worker_lines

@@ -20,6 +20,7 @@ VERBS = (
     "compare",
     "predict",
     "follow",
+    "status",
     "runs",
     "pull",
     "ids",

@@ -88,6 +88,10 @@ def metrics(root: str) -> str:
     return f"{root}/metrics.jsonl"
 
 
+def progress(root: str) -> str:
+    return f"{root}/progress.json"
+
+
 def log(root: str) -> str:
     return f"{root}/log.txt"
 

@@ -71,8 +71,8 @@ def fit(
     init: str = "",
     resources: dict[str, int] | None = None,
 ) -> None:
-    """Run the workers, each of which is given `resources` (default: what the nodes have now), below the prefix
-    `root` of the store; also the body of every tuning trial.
+    """Run the workers below the prefix `root` of the store; also the body of every tuning trial. Each worker
+    is given `resources`, by default what the nodes have for it now.
 
     Where there are `callbacks`, every epoch is committed before they hear of it.
     """

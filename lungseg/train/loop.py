@@ -22,6 +22,7 @@ from lungseg.config.stored import store_recipe, stored_recipe
 from lungseg.model.precision import set_precision
 from lungseg.runs.checkpoint import Checkpoint, Checkpoints
 from lungseg.runs.lease import claim
+from lungseg.runs.progress import Doing
 from lungseg.runs.state import TrainState
 from lungseg.show import duration
 from lungseg.storage import keys
@@ -203,9 +204,11 @@ def _epoch(worker: _Worker, stream: PatchStream, feed: _Feed, state: TrainState)
             show_step(recent, rate, float(measured.gradient_norm))
             if worker.recorder:
                 pace = (time.monotonic() - began) / len(losses)
+                left = _left(worker, state, number, pace)
+                _tell(worker, state, number, loss=recent, seconds_per_step=pace, left_seconds=left)
                 _log.info(
                     "epoch %d, step %d/%d: loss %.4f, %.2f s a step, about %s left",
-                    state.epoch + 1, number, steps, recent, pace, _left(worker, state, number, pace),
+                    state.epoch + 1, number, steps, recent, pace, duration(left),
                 )  # fmt: skip
         count_step(time.monotonic() - start, stream.waited_seconds - had_waited, patches)
         if _asked_to_leave(worker, synced):
@@ -213,13 +216,21 @@ def _epoch(worker: _Worker, stream: PatchStream, feed: _Feed, state: TrainState)
     return so_far()
 
 
-def _left(worker: _Worker, state: TrainState, number: int, seconds_per_step: float) -> str:
-    """How long the run will still take, validation aside, if it does not stop early."""
+def _tell(worker: _Worker, state: TrainState, number: int, doing: Doing = "training", **news: float) -> None:
+    """Of the epoch after those of the state, the number of the step it is at, for who asks from elsewhere."""
+    assert worker.recorder
+    last = state.last_epoch(worker.job.recipe.train)
+    place = {"epoch": state.epoch + 1, "epochs": last, "step": number, "steps": worker.steps_per_epoch}
+    worker.recorder.tell(doing=doing, **place, **news)
+
+
+def _left(worker: _Worker, state: TrainState, number: int, seconds_per_step: float) -> float:
+    """Seconds that the run will still take, validation aside, if it does not stop early."""
     config = worker.job.recipe.train
     epochs = max(state.last_epoch(config) - state.epoch, 1)
     left = (epochs * worker.steps_per_epoch - number) * seconds_per_step
     allowed = math.inf if config.max_minutes is None else config.max_minutes * 60 - worker.seconds()
-    return duration(max(0.0, min(left, allowed)))
+    return max(0.0, min(left, allowed))
 
 
 def _tell_of_validation(worker: _Worker, state: TrainState) -> None:
@@ -227,8 +238,10 @@ def _tell_of_validation(worker: _Worker, state: TrainState) -> None:
     trained = worker.steps_per_epoch * worker.job.recipe.train.global_batch
     first = state.train_seconds * len(worker.job.manifest.rows("val")) / trained
     about = state.metrics.get("val_seconds", first)
-    if worker.recorder and about > 5:
-        log_wait("validating", about)
+    if worker.recorder:
+        _tell(worker, state, len(state.losses), doing="validating")
+        if about > 5:
+            log_wait("validating", about)
 
 
 def _asked_to_leave(worker: _Worker, synced: bool) -> bool:
@@ -250,6 +263,7 @@ def _sum_over_ranks(strategy: tf.distribute.Strategy, value: tf.Tensor) -> tf.Te
 def _leave(worker: _Worker, state: TrainState) -> NoReturn:
     """Commit where the run stands, within an epoch or not, and end this group of workers."""
     if worker.recorder:
+        _tell(worker, state, len(state.losses))
         worker.recorder.leave(state, *worker.arrays())
         _log.info("asked to leave: committed step %d", state.step)
     worker.session.share(None)  # whoever ended before the commit would take rank 0 down

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import tempfile
+import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -25,10 +26,12 @@ from lungseg.errors import LungsegError, RunError, StorageError
 from lungseg.runs.checkpoint import Checkpoint, Checkpoints
 from lungseg.runs.export import export_model
 from lungseg.runs.lease import Lease
+from lungseg.runs.progress import Heart
 from lungseg.runs.state import TrainState
 from lungseg.show import val_dice_text
 from lungseg.storage import keys
 from lungseg.telemetry import VAL_DICE, log
+from lungseg.train.job import LEFT
 from lungseg.train.writer import Writer
 
 Arrays = Mapping[str, np.ndarray]
@@ -46,8 +49,11 @@ class Recorder:
         self._checkpoints, self._store, self._root = checkpoints, checkpoints.store, checkpoints.root
         self._lease, self._recipe = lease, recipe
         self._writer = Writer()
+        self._heart = Heart(self._store, self._root, lease.number, self._put_log)
+        self.tell = self._heart.tell
         self._lines = _Lines()
         self._earlier_lines: bytes | None = None
+        self._log_lock = threading.Lock()
 
     def __enter__(self) -> Self:
         logging.getLogger("lungseg").addHandler(self._lines)
@@ -55,6 +61,7 @@ class Recorder:
         # Ends in the number of the claim: two starts within a second must not share a name.
         self._events = EventsWriter(f"{self._folder.name}/events", f".{self._lease.number}")
         self._writer.__enter__()
+        self._heart.start()
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
@@ -64,8 +71,11 @@ class Recorder:
             error = failure
             raise
         finally:
+            left = getattr(error, "code", "") == LEFT
+            self._heart.end("stopped" if left else "failed" if error else "ended", str(error or ""))
             if error and not isinstance(error, StorageError):
-                _log.error("ended by %s", error)
+                if not left:
+                    _log.error("ended by %s", error)
                 with suppress(LungsegError):
                     self._put_log()
             logging.getLogger("lungseg").removeHandler(self._lines)
@@ -162,11 +172,13 @@ class Recorder:
             self._store.put(key, file.read_bytes())
 
     def _put_log(self) -> None:
-        self._lease.check()
-        key = keys.log(self._root)
-        if self._earlier_lines is None:
-            self._earlier_lines = self._store.get(key) if self._store.exists(key) else b""
-        self._store.put(key, self._earlier_lines + self._lines.text.encode())
+        """Of the writer and the heart one at a time: what the one has put is not what was there before."""
+        with self._log_lock:
+            self._lease.check()
+            key = keys.log(self._root)
+            if self._earlier_lines is None:
+                self._earlier_lines = self._store.get(key) if self._store.exists(key) else b""
+            self._store.put(key, self._earlier_lines + self._lines.text.encode())
 
 
 class _Lines(logging.Handler):

@@ -17,8 +17,9 @@ from lungseg.config import load_recipe
 from lungseg.errors import RunError, StorageError
 from lungseg.runs.checkpoint import Checkpoint, Checkpoints
 from lungseg.runs.lease import claim
+from lungseg.runs.progress import Progress
 from lungseg.storage import FolderStore
-from lungseg.train.job import Job, Session
+from lungseg.train.job import LEFT, Job, Session
 from lungseg.train.loop import run_worker
 
 ROOT = "runs/r"
@@ -36,6 +37,8 @@ SETTINGS = (
 
 class Left(Exception):  # noqa: N818 - no error
     """How a worker of these tests leaves."""
+
+    code = LEFT
 
 
 def leave(step: int) -> NoReturn:
@@ -84,9 +87,15 @@ def test_a_worker_asked_at_every_step_leaves_each_time_and_ends_as_if_nothing_ha
             run(replace(job, driver="the same"), asked=lambda: True)
         found = newest(job)
         steps.append((found.state.step, found.state.epoch, len(found.state.losses)))
+        said = Progress.read(job.store, ROOT)
+        assert said is not None
+        assert (said.doing, 3 * (said.epoch - 1) + said.step) == ("stopped", found.state.step)
     # Leaving after the last step of an epoch, it validates only when it goes on.
     assert steps == [(1, 0, 1), (2, 0, 2), (3, 0, 3), (4, 1, 1), (5, 1, 2), (6, 1, 3)]
     run(replace(job, driver="the same"))
+    said = Progress.read(job.store, ROOT)
+    assert said is not None
+    assert (said.doing, said.epochs, said.steps, said.claim) == ("ended", 2, 3, 7)
     assert bits(newest(job)) == bits(newest(whole))
     for column in ("epoch", "step", "loss", "val_dice", "learning_rate"):
         assert [line[column] for line in lines(job)] == [line[column] for line in lines(whole)]
