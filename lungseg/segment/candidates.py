@@ -1,8 +1,8 @@
 """From probabilities to candidates: places that may be a nodule, each with a score, for the FROC.
 
 They begin at a lower probability than nodules do (`segment.candidate_threshold`), so that the curve reaches
-the sensitivities that a higher threshold could never give back. Low down, neighbours run together; each
-component is therefore cut where its probability has more than one summit (`split`).
+the sensitivities that a higher threshold could never give back. Low down, neighbours run together: what is
+too large for a nodule sheds its rim (`shed`), and what has several summits is cut between them (`split`).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import cc3d
 import numpy as np
 from scipy import ndimage
 from skimage.morphology import local_maxima, reconstruction
@@ -17,11 +18,14 @@ from skimage.segmentation import watershed
 
 from lungseg.config import SegmentConfig
 from lungseg.config.fields import CandidateScore
-from lungseg.scan.volume import Geometry
+from lungseg.scan.volume import Geometry, Vector
 from lungseg.segment.postprocess import components
 
 SADDLE_DEPTH = 0.15
 """How far the probability must fall between two summits to part them."""
+LARGEST_MM = 60.0
+"""Twice the largest nodule. What spans more, with a nodule in it, has vessels or half a lung in it too."""
+RISE = 0.1
 TOUCHING = np.ones((3, 3, 3))
 SMALLEST_NODULE_MM3 = math.pi / 6 * 3**3
 
@@ -55,11 +59,40 @@ def find_candidates(
     go as in `components`.
     """
     low = config.model_copy(update={"threshold": config.candidate_threshold})
-    labels = split(components(probability, low, geometry.spacing_mm, lungs), probability)
+    labels = components(probability, low, geometry.spacing_mm, lungs)
+    labels = split(shed(labels, probability, geometry.spacing_mm, low), probability)
     boxes = ndimage.find_objects(labels)
     return labels, tuple(
         _describe(label, box, labels, probability, geometry) for label, box in enumerate(boxes, start=1)
     )
+
+
+def shed(
+    labels: np.ndarray, probability: np.ndarray, spacing_mm: Vector, config: SegmentConfig
+) -> np.ndarray:
+    """`labels` where each component that spans more than LARGEST_MM has lost its least probable voxels, at a
+    threshold that rises until its pieces span less, or nothing of it would be left. Pieces below
+    `config.min_volume_mm3` go."""
+    for threshold in np.arange(config.threshold + RISE, 1, RISE):
+        large = np.zeros(int(labels.max(initial=0)) + 1, bool)
+        for label, box in enumerate(ndimage.find_objects(labels), start=1):
+            if box and _span_mm(box, spacing_mm) > LARGEST_MM:
+                large[label] = probability[box].max(initial=0, where=labels[box] == label) > threshold
+        if not large.any():
+            break
+        labels = labels.copy()
+        labels[large[labels] & (probability <= threshold)] = 0
+        pieces = cc3d.connected_components(labels, connectivity=26)
+        voxels = cc3d.statistics(pieces)["voxel_counts"]
+        kept = voxels * math.prod(spacing_mm) >= config.min_volume_mm3
+        kept[0] = False
+        labels = np.where(kept, np.cumsum(kept), 0).astype(np.int32)[pieces]
+    return labels
+
+
+def _span_mm(box: tuple[slice, ...], spacing_mm: Vector) -> float:
+    sides = zip(box, spacing_mm, strict=True)
+    return max((side.stop - side.start) * spacing for side, spacing in sides)
 
 
 def split(labels: np.ndarray, probability: np.ndarray, saddle_depth: float = SADDLE_DEPTH) -> np.ndarray:

@@ -74,6 +74,26 @@ def test_the_parts_of_a_component_cover_it_and_no_other() -> None:
     assert labels[1, 1, 4] == 1  # the argument is left as it was
 
 
+def test_what_is_too_large_for_a_nodule_sheds_its_rim_but_never_vanishes() -> None:
+    """A vessel of 80 mm that joins two nodules, one of them faint, a plain of 70 mm, and a nodule alone."""
+    probability = np.zeros((12, 20, 90), np.float32)
+    probability[2:4, 2:4, 5:85] = 0.15
+    probability[1:5, 1:5, 10:14], probability[1:5, 1:5, 70:74] = 0.9, 0.35
+    probability[8:10, 8:12, 10:80] = 0.3
+    probability[1:5, 14:18, 20:24] = 0.15
+    labels, found = find_candidates(probability, grid(probability.shape), SegmentConfig())
+    assert sorted((round(one.max, 2), one.volume_mm3) for one in found) == [
+        (0.15, 64),
+        (0.3, 2 * 4 * 70),
+        (0.35, 64),
+        (0.9, 64),
+    ]
+    assert sorted(np.unique(labels)) == [0, 1, 2, 3, 4]
+    half = find_candidates(probability, grid(probability.shape, (0.5, 0.5, 0.5)), CONFIG)[1]
+    # 40 mm are not too large, and so nothing is shed.
+    assert sum(one.volume_mm3 for one in half) == np.count_nonzero(probability) / 8
+
+
 def test_a_candidate_says_where_it_is_and_how_sure() -> None:
     probability = np.zeros((4, 5, 6), np.float32)
     probability[1, 2, 3:5] = [0.25, 0.75]
