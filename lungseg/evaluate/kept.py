@@ -80,9 +80,13 @@ def kept_prediction(
         if item.key == _key(prefix, data):  # else it is damaged, and made anew
             return _unpack(data)
     made = predict_scan(read_scan(store, entry).volume, predict, model.recipe)
-    data = _pack(made)
-    store.put(_key(prefix, data), data)
+    keep(store, entry, model, split, made)
     return made
+
+
+def keep(store: Store, entry: StoredScanEntry, model: Published, split: str, made: Prediction) -> None:
+    data = _pack(made)
+    store.put(_key(_prefix(entry, model, split), data), data)
 
 
 def all_kept(store: Store, entries: Sequence[StoredScanEntry], model: Published, split: str) -> bool:

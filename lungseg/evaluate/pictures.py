@@ -32,10 +32,9 @@ def worst_nodules(results: Sequence[CaseResult], config: SegmentConfig, look: Lo
 def _picture(
     row: NoduleScore, case_id: str, config: SegmentConfig, stored: StoredScan, prediction: Prediction
 ) -> dict[str, Any]:
-    """The slice of the scan's own grid with most of the nodule, as `card.picture`; the image is that which
-    the network saw, interpolated."""
+    """The slice of the scan's own grid with most of the nodule, as `card.picture`; the image is what the
+    network saw."""
     truth = stored.truth
-    labels, _ = prediction.own_labels(prediction.components(config), truth.geometry, config.threshold)
     inside = truth.numbers == row.number
     z = int(inside.sum(axis=(1, 2)).argmax())
     middle = np.argwhere(inside[z]).mean(axis=0)
@@ -45,11 +44,15 @@ def _picture(
         for at, mm in zip(middle, spacing_mm[1:], strict=True)
     ]
     box = (slice(z, z + 1), *sides)
-    numbers, found = truth.numbers[box][0], labels[box][0]
+    numbers = truth.numbers[box][0]
     height, width = numbers.shape
     box = (slice(z, z + 1), *(slice(s.start, s.start + n) for s, n in zip(sides, numbers.shape, strict=True)))
-    hu = stored.volume.volume_hu.astype(np.float32)
-    image = resample_onto(hu, stored.volume.geometry, truth.geometry.part(box))[0]
+    part = truth.geometry.part(box)
+    image = resample_onto(stored.volume.volume_hu, stored.volume.geometry, part)[0]
+    labels = prediction.components(config)
+    shown = np.unique(resample_onto(labels, prediction.geometry, part))
+    labels[~np.isin(labels, shown)] = 0  # to bring all of them onto the scan's grid takes seconds
+    found = prediction.own_labels(labels, truth.geometry, config.threshold)[0][box][0]
     return {
         "case_id": case_id,
         "nodule_id": row.nodule.nodule_id,
