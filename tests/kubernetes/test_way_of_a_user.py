@@ -18,7 +18,8 @@ import yaml
 from helpers.kubernetes import Namespace, wait
 from helpers.painted import write_pairs
 
-pytestmark = [pytest.mark.kubernetes, pytest.mark.xdist_group("kubernetes")]
+# The first test's seconds are also those of the image: a quarter of an hour on a busy machine.
+pytestmark = [pytest.mark.kubernetes, pytest.mark.xdist_group("kubernetes"), pytest.mark.timeout(2400)]
 VALUES = """
 head: {cpu: 500m, memory: 3Gi}
 workers: [{name: cpu, replicas: 2, cpu: 1, memory: 3Gi}]

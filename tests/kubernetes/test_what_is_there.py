@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from helpers.kubernetes import Namespace
 
-pytestmark = [pytest.mark.kubernetes, pytest.mark.xdist_group("kubernetes")]
+# The first test's seconds are also those of the image: a quarter of an hour on a busy machine.
+pytestmark = [pytest.mark.kubernetes, pytest.mark.xdist_group("kubernetes"), pytest.mark.timeout(2400)]
 VALUES = [
     "--set=autoscaling.enabled=true,objectStore.bundled.enabled=true,caseKey.generate=true",
     "--set=workers[0].name=cpu,workers[0].replicas=0,workers[0].maxReplicas=2,workers[0].cpu=1",
