@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import cc3d
 import numpy as np
 
 from lungseg.config import Recipe, SegmentConfig
@@ -57,9 +58,7 @@ def segment(
         multiple=recipe.model.total_stride,
     )
     found = components(probability, config, working.geometry.spacing_mm, lungs)
-    candidate_labels, candidates = find_candidates(probability, working.geometry, config, lungs)
-    scores = np.array([0.0, *(one.score(config.candidate_score) for one in candidates)])
-    confidence = confidences(found, candidate_labels, scores)
+    confidence = confidences(found, probability, working.geometry, config, lungs)
     labels, nodules = quantify(found, probability, working.geometry, volume, config, lungs, confidence)
     warnings = [f"the values are probably no HU: {volume.not_hu}"] if volume.not_hu else []
     if lungs is None:
@@ -76,10 +75,28 @@ def segment(
     )
 
 
-def confidences(labels: np.ndarray, candidate_labels: np.ndarray, scores: np.ndarray) -> dict[int, float]:
-    """The highest of the candidates' `scores` in each of `labels`; one without a candidate has none."""
+def confidences(
+    labels: np.ndarray,
+    probability: np.ndarray,
+    geometry: Geometry,
+    config: SegmentConfig,
+    lungs: np.ndarray | None = None,
+) -> dict[int, float]:
+    """The highest score of the candidates in each of `labels`, components of `probability` [z, y, x] on the
+    grid of `geometry`; one without a candidate has none.
+
+    Only the surroundings of nodules are searched: to part what runs together anywhere takes many times as
+    long.
+    """
+    low = cc3d.connected_components(probability > config.candidate_threshold, connectivity=26)
+    touched = np.zeros(int(low.max(initial=0)) + 1, bool)
+    touched[low[labels > 0]] = True
+    touched[0] = False
+    around = np.where(touched[low], probability, np.float32(0))
+    candidate_labels, candidates = find_candidates(around, geometry, config, lungs)
     both = (labels > 0) & (candidate_labels > 0)
     best: dict[int, float] = {}
     for label, candidate in np.unique(np.stack([labels[both], candidate_labels[both]]), axis=1).T.tolist():
-        best[label] = max(best.get(label, 0.0), float(scores[candidate]))
+        score = candidates[candidate - 1].score(config.candidate_score)
+        best[label] = max(best.get(label, 0.0), score)
     return best

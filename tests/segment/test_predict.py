@@ -16,11 +16,13 @@ from lungseg.config import Recipe, SegmentConfig, parse_recipe
 from lungseg.errors import DataError
 from lungseg.scan.dicom import read_series
 from lungseg.scan.volume import Geometry, Volume, read_geometry, read_labels
+from lungseg.segment.candidates import find_candidates
 from lungseg.segment.outputs.nifti import write
+from lungseg.segment.postprocess import components
 from lungseg.segment.predict import Segmentation, confidences, segment
 
 SHARED = Path(__file__).parents[2].parent / "shared/data"
-RECIPE = parse_recipe({"segment": {"window_zyx": [64, 64, 64]}})
+RECIPE = parse_recipe({"segment": {"window_zyx": [64, 64, 64], "candidate_threshold": 0.49}})
 
 # Feet-first, and turned by 15 degrees about the long axis.
 C, S = math.cos(math.radians(15)), math.sin(math.radians(15))
@@ -136,10 +138,17 @@ def test_values_that_are_no_hu_are_warned_of_in_the_result(tmp_path: Path) -> No
 
 
 def test_the_confidence_is_that_of_the_best_candidate_in_a_nodule() -> None:
-    labels = np.array([[[1, 1, 1, 0, 2, 0, 3]]])
-    candidates = np.array([[[1, 1, 2, 0, 0, 4, 3]]])
-    scores = np.array([0, 0.6, 0.9, 0.7, 1.0])
-    assert confidences(labels, candidates, scores) == {1: 0.9, 3: 0.7}
+    """Two summits in one nodule, one nodule beside it, and a candidate that is no nodule."""
+    probability = np.zeros((7, 7, 40), np.float32)
+    for x, p in ((5, 0.7), (9, 0.9), (20, 0.6), (34, 0.4)):
+        probability[2:5, 2:5, x - 1 : x + 2] = p
+    probability[3, 3, 7] = 0.52  # a valley between the first two
+    labels = components(probability, SegmentConfig(), (1, 1, 1))
+    assert labels.max() == 2
+    searched = confidences(labels, probability, geometry(probability.shape), SegmentConfig())
+    assert searched == {1: pytest.approx(0.9), 2: pytest.approx(0.6)}
+    _, all_candidates = find_candidates(probability, geometry(probability.shape), SegmentConfig())
+    assert sorted(one.max for one in all_candidates) == pytest.approx([0.4, 0.6, 0.7, 0.9])
 
 
 def tiny(value: int) -> Segmentation:
