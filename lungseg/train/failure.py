@@ -19,7 +19,7 @@ def may_pass(error: LungsegError) -> bool:
     return gone or (isinstance(error, StorageError) and error.code != "store-full")
 
 
-def failure_of(rank: int, error: BaseException) -> LungsegError | None:
+def failure_of(rank: int | str, error: BaseException) -> LungsegError | None:
     """What is known of a worker's end as an error of ours, or None for an error of the training's own code.
 
     Ray ends a worker whose node has no memory left and says so; whoever else kills a process, as Linux does
@@ -59,7 +59,7 @@ def cause_of(error: BaseException) -> BaseException:
     workers: dict[int, BaseException] = getattr(error, "worker_failures", None) or {}
     ours = [failure_of(rank, one) for rank, one in workers.items()]
     known = [one for one in (*ours, LungsegError.find_in(error), *workers.values()) if one]
-    return known[0] if known else error
+    return known[0] if known else failure_of("controller", error) or error
 
 
 def last_line(error: BaseException) -> str:

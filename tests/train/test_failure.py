@@ -44,3 +44,9 @@ def test_the_cause_of_a_group_is_ours_where_there_is_one_and_else_the_first_work
     assert cause_of(WorkerGroupError("pages", {0: theirs, 1: ours})) is ours
     assert cause_of(WorkerGroupError("pages", {0: theirs})) is theirs
     assert cause_of(theirs) is theirs
+
+
+def test_ray_may_end_its_controller_rather_than_a_worker() -> None:
+    found = cause_of(OutOfMemoryError(RAY_SAYS))
+    assert isinstance(found, RunError)
+    assert (found.code, found.where["worker"]) == ("worker-out-of-memory", "controller")
