@@ -11,7 +11,7 @@ import typer
 
 from lungseg.cli.app import app
 from lungseg.cli.ends import Refused
-from lungseg.cli.options import STORE, Out, Overrides, RunName, Series, StoreUri, checked_names
+from lungseg.cli.options import STORE, Out, Overrides, RunName, Series, StoreUri, checked_name, checked_names
 from lungseg.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -28,6 +28,9 @@ def evaluate(
     out: Out,
     store: StoreUri = STORE,
     split: Annotated[str, typer.Option(help="val or test.")] = "test",
+    data: Annotated[
+        str, typer.Option("--data", help="Another data set of the same scans and splits. Default: the run's.")
+    ] = "",
     overrides: Overrides = None,
     baseline: Annotated[
         bool, typer.Option("--baseline", help="Score a mere threshold of HU beside the network.")
@@ -42,14 +45,18 @@ def evaluate(
 
     from lungseg.cluster import on_cluster
     from lungseg.config import resegmented
+    from lungseg.dataset.manifest import load_manifest
     from lungseg.evaluate.kept import all_kept
     from lungseg.evaluate.protocol import Network, evaluate_split
+    from lungseg.runs.fit import require_same_splits
     from lungseg.runs.run import load_published, load_run_data
     from lungseg.storage import open_store
     from lungseg.telemetry import progress
 
     opened, refused = open_store(store), Refused()
     manifest = load_run_data(opened, run)
+    if data:
+        manifest = require_same_splits(manifest, load_manifest(opened, checked_name(data)))
     entries = manifest.require_held_out(split)
     model = load_published(opened, run)
     model = replace(model, recipe=resegmented(model.recipe, overrides or []))

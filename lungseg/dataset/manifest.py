@@ -62,7 +62,7 @@ class Manifest:
             raise DataError("split-empty", data=self.name, split=split, remedy=f"splits with scans: {kept}")
         if any(entry.format != SCAN_FORMAT for entry in self.held_out[split]):
             message = "its held-out scans lack the truth on their own grid"
-            remedy = "prepare the data again under another --data name, and train on that"
+            remedy = "prepare the data again under another --data name, and name that to evaluate: --data NEW"
             raise DataError("held-out-format", data=self.name, message=message, remedy=remedy)
         return self.held_out[split]
 

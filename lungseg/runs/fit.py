@@ -66,3 +66,15 @@ def check_fit(manifest: Manifest, recipe: Recipe, kind: str) -> None:
     else:
         return
     raise ConfigError("patch-shape", patch_shape_zyx=sides, message=message, remedy=remedy)
+
+
+def require_same_splits(own: Manifest, other: Manifest) -> Manifest:
+    """`other`, on which a network that was trained on `own` may be scored: nobody whom it has seen is tested.
+
+    Raises DataError("splits-differ") unless both hold the same scans in the same splits, at one spacing.
+    """
+    if own.cases != other.cases or own.config.get("spacing_mm") != other.config.get("spacing_mm"):
+        message = "other scans, other splits, or another data.spacing_mm"
+        remedy = "prepare the same scans with the same settings of data, and a version that keeps their truth"
+        raise DataError("splits-differ", a=own.name, b=other.name, message=message, remedy=remedy)
+    return other

@@ -83,7 +83,7 @@ def test_without_arguments_there_is_help(
         ("prepare pairs", "--store --data --recipe --set --skip-broken"),
         ("train", "--store --data --run --recipe --set --resume --new"),
         ("tune", "--store --data --run --trials --minutes --recipe --space --set --resume"),
-        ("evaluate", "--store --run --split --out --set --baseline"),
+        ("evaluate", "--store --run --split --data --out --set --baseline"),
         ("compare", "--store --run --split --out"),
         ("predict", "--store --run --out"),
         ("status", "--store --run --json"),

@@ -274,6 +274,26 @@ def test_the_verb_scores_again_without_tensorflow_and_ends_with_3_after_a_broken
     assert str(tmp_path / "again" / "evaluation-") in out
 
 
+def test_a_run_on_data_of_before_is_scored_on_the_same_scans_prepared_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    whole = evaluate(tmp_path, scans())
+    for name, cases in (("anew", {}), ("others", {"test": ("x",)})):
+        other = replace(whole.manifest, name=name, cases=cases)
+        whole.store.put(keys.data_manifest(name), other.to_bytes())
+    call = ["evaluate", "--run", "r", "--store", whole.store.uri, "--out", str(tmp_path / "o"), "--data"]
+    cli_codes = []
+    for name in ("anew", "others"):
+        with pytest.raises(SystemExit) as ended:
+            cli.main([*call, name])
+        cli_codes.append(ended.value.code)
+    assert cli_codes == [0, 2]
+    assert "splits-differ" in capfd.readouterr().err
+    (report,) = (tmp_path / "o").glob("*.json")
+    assert json.loads(report.read_text())["data"] == "anew"
+
+
 def test_on_a_cluster_each_scan_is_a_task_and_the_figures_are_the_same(
     ray_cluster: object, known: Evaluated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
