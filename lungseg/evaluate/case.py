@@ -29,7 +29,7 @@ class CaseResult:
     mean over nodules of the Dice with the components that touch each, misses as 0. `crop_dice` is the mean
     over nodules of the Dice in a cube of 64 mm around each. `false_positives` are components that touch
     neither nodule nor ignore region. `both_empty`: neither nodule nor component, where a Dice is a
-    convention. Matchings are one to one, at an IoU above 0.1 and 0.5; `rows` are the nodules. `voxels`
+    convention. Matchings are one to one, at an IoU above 0, 0.1 and 0.5; `rows` are the nodules. `voxels`
     counts those that count, in the truth, in the mask and in both.
     """
 
@@ -50,6 +50,7 @@ class CaseResult:
     false_positives: int
     both_empty: bool
     voxels: Mapping[str, int]
+    matching_any: Matching
     matching: Matching
     matching_half: Matching
     detection: Detection
@@ -71,7 +72,8 @@ def evaluate_case(
     box = union([one for one in (covered, bounding_box(truth.numbers)) if one]) or (slice(0, 1),) * 3
     labels, numbers = labels[box], truth.numbers[box]
     counted = overlap(np.maximum(numbers, 0), labels, numbers < 0)
-    rows = score_nodules(truth, prediction, box, labels, counted, match(counted))
+    matching_any = match(counted)
+    rows = score_nodules(truth, prediction, box, labels, counted, matching_any)
     loss, cross_entropy = _of_probabilities(stored, prediction)
     voxels = {
         "counted": int(np.count_nonzero(truth.numbers >= 0)),
@@ -95,6 +97,7 @@ def evaluate_case(
         components=len(counted.components),
         false_positives=int((~counted.shared.any(axis=0) & (counted.ignored_voxels == 0)).sum()),
         both_empty=not len(counted.nodules) and not len(counted.components),
+        matching_any=matching_any,
         matching=match(counted, 0.1),
         matching_half=match(counted, 0.5),
         detection=detect(stored, prediction, config, rows),

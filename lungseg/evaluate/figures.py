@@ -14,30 +14,26 @@ import numpy as np
 from lungseg.evaluate.bootstrap import Ratio, ratio
 from lungseg.evaluate.case import CaseResult
 from lungseg.evaluate.froc import Hits
-from lungseg.evaluate.matching import Matching
+from lungseg.evaluate.matching import Parts
 from lungseg.evaluate.nodule import NoduleScore
 
-Part = tuple[float, float]
 Chosen = Callable[[NoduleScore], bool]
 
 OF_SCANS = ("loss", "accuracy", "mean_iou", "dice", "working_grid_dice", "soft_dice", "cross_entropy")
-OVER_SCANS: Mapping[str, Callable[[CaseResult], Part]] = {
+OVER_SCANS: Mapping[str, Callable[[CaseResult], Parts]] = {
     **{
         name: lambda case, name=name: (getattr(case, name), 1.0)  # type: ignore[misc]
         for name in OF_SCANS
     },
     "dice_without_empty_scans": lambda case: (case.dice, 1.0) if not case.both_empty else (0.0, 0.0),
     "false_positives_per_scan": lambda case: (case.false_positives, 1.0),
-    "f1": lambda case: (len(case.matching.pairs), _either(case.matching)),
-    "sq": lambda case: (sum(case.matching.iou), len(case.matching.pairs)),
-    "pq": lambda case: (sum(case.matching.iou), _either(case.matching)),
-    "f1_at_iou_half": lambda case: (len(case.matching_half.pairs), _either(case.matching_half)),
-    "sq_at_iou_half": lambda case: (sum(case.matching_half.iou), len(case.matching_half.pairs)),
-    "pq_at_iou_half": lambda case: (sum(case.matching_half.iou), _either(case.matching_half)),
-    "dice_errors_as_0": lambda case: (
-        sum(row.outline.dice for row in case.rows),
-        len(case.rows) + case.false_positives,
-    ),
+    "f1": lambda case: case.matching.f1,
+    "sq": lambda case: case.matching.sq,
+    "pq": lambda case: case.matching.pq,
+    "f1_at_iou_half": lambda case: case.matching_half.f1,
+    "sq_at_iou_half": lambda case: case.matching_half.sq,
+    "pq_at_iou_half": lambda case: case.matching_half.pq,
+    "dice_errors_as_0": lambda case: case.matching_any.dice_errors_as_0,
 }
 
 OVER_NODULES: Mapping[str, Callable[[NoduleScore], float | None]] = {
@@ -112,10 +108,6 @@ def chosen_hits(results: Sequence[CaseResult], hits: Sequence[Hits], chosen: Cho
         one.only(np.array([chosen(row) for row in case.rows], bool))
         for case, one in zip(results, hits, strict=True)
     ]
-
-
-def _either(matching: Matching) -> float:
-    return len(matching.pairs) + (len(matching.missed) + len(matching.false_positives)) / 2
 
 
 def _absolute(value: float | None) -> float | None:

@@ -6,7 +6,6 @@ count nowhere.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,9 +47,16 @@ class Overlap:
         return self.ignored_voxels > share * (self.component_voxels + self.ignored_voxels)
 
 
+Parts = tuple[float, float]
+"""Numerator and denominator: those of several scans are added up before one is divided by the other."""
+
+
 @dataclass(frozen=True)
 class Matching:
-    """One scan: `pairs` are (nodule, component) by label, with the IoU and the Dice of each."""
+    """One scan: `pairs` are (nodule, component) by label, with the IoU and the Dice of each.
+
+    F1 (recognition quality), SQ (segmentation quality, the mean IoU of pairs) and PQ (panoptic quality, their
+    product) are Kirillov et al.'s (Panoptic segmentation, CVPR 2019)."""
 
     pairs: tuple[tuple[int, int], ...]
     iou: tuple[float, ...]
@@ -58,24 +64,26 @@ class Matching:
     missed: tuple[int, ...]
     false_positives: tuple[int, ...]
 
+    @property
+    def f1(self) -> Parts:
+        return len(self.pairs), self._pairs_and_half_of_errors
 
-@dataclass(frozen=True)
-class Quality:
-    """Over the nodules of one or many scans; None where there is neither nodule nor component.
+    @property
+    def sq(self) -> Parts:
+        return sum(self.iou), len(self.pairs)
 
-    `f1` (recognition quality), `sq` (segmentation quality, the mean IoU of pairs) and `pq` (panoptic quality,
-    their product) are Kirillov et al.'s (Panoptic segmentation, CVPR 2019). `dice_misses_as_0` is the mean
-    over nodules, `dice_errors_as_0` that over nodules and false positives.
-    """
+    @property
+    def pq(self) -> Parts:
+        return sum(self.iou), self._pairs_and_half_of_errors
 
-    pairs: int
-    missed: int
-    false_positives: int
-    f1: float | None
-    sq: float | None
-    pq: float | None
-    dice_misses_as_0: float | None
-    dice_errors_as_0: float | None
+    @property
+    def dice_errors_as_0(self) -> Parts:
+        """The mean Dice over nodules and false positives; misses are 0 too."""
+        return sum(self.dice), len(self.pairs) + len(self.missed) + len(self.false_positives)
+
+    @property
+    def _pairs_and_half_of_errors(self) -> float:
+        return len(self.pairs) + (len(self.missed) + len(self.false_positives)) / 2
 
 
 def overlap(nodules: np.ndarray, components: np.ndarray, ignore: np.ndarray | None = None) -> Overlap:
@@ -128,28 +136,4 @@ def match(found: Overlap, min_iou: float = 0.0) -> Matching:
         dice=tuple(found.dice[rows, columns].tolist()),
         missed=tuple(np.delete(found.nodules, rows).tolist()),
         false_positives=tuple(false_positives.tolist()),
-    )
-
-
-def quality(matchings: Iterable[Matching]) -> Quality:
-    """Of all scans together: counts and sums are added up before anything is divided."""
-    scans = list(matchings)
-    pairs, missed, wrong = (
-        sum(len(getattr(scan, name)) for scan in scans) for name in ("pairs", "missed", "false_positives")
-    )
-    iou, dice = (sum(sum(getattr(scan, name)) for scan in scans) for name in ("iou", "dice"))
-
-    def ratio(part: float, whole: float) -> float | None:
-        return part / whole if whole else None
-
-    either = pairs + (missed + wrong) / 2
-    return Quality(
-        pairs=pairs,
-        missed=missed,
-        false_positives=wrong,
-        f1=ratio(pairs, either),
-        sq=ratio(iou, pairs),
-        pq=ratio(iou, either),
-        dice_misses_as_0=ratio(dice, pairs + missed),
-        dice_errors_as_0=ratio(dice, pairs + missed + wrong),
     )

@@ -136,6 +136,20 @@ def test_mean_iou_and_cross_entropy_give_the_examples_of_keras_documentation() -
     assert of([0, 1, 0, 0], said_by_keras).cross_entropy == pytest.approx(expected, rel=1e-3)  # of float16
 
 
+def test_a_second_piece_of_a_nodule_is_a_false_positive_one_to_one() -> None:
+    """Columns 10, 11 and 13 of four: the larger piece stands for the nodule."""
+    broken = box(10)
+    broken[:, :, 12] = 0
+    result = evaluate_case(
+        (stored := to_grid(labelled(numbered(box(10)), MM), MM)),
+        said(broken, stored),
+        SegmentConfig(min_volume_mm3=0),
+    )
+    assert (result.components, result.false_positives, result.per_nodule_dice) == (2, 0, 2 * 48 / (48 + 64))
+    assert result.matching_any.dice_errors_as_0 == pytest.approx((2 * 32 / (32 + 64), 2))
+    assert summarise([result])["dice_errors_as_0"] == pytest.approx(1 / 3)
+
+
 def test_the_summary_averages_scans_over_scans_and_nodules_over_nodules() -> None:
     one = score(box(10), box(10))
     two = score(box(10) + box(30), box(10) + box(30) + box(110))

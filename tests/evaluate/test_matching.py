@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lungseg.errors import GeometryError
-from lungseg.evaluate.matching import match, overlap, quality
+from lungseg.evaluate.matching import Matching, match, overlap
 
 
 def row(*runs: tuple[int, int, int], length: int = 60) -> np.ndarray:
@@ -38,26 +38,28 @@ def test_pairs_are_those_whose_iou_is_above_the_threshold() -> None:
     assert match(found, 1 / 3).pairs == ()  # strictly above
 
 
-def test_quality_adds_up_scans_before_it_divides() -> None:
+def pooled(scans: list[Matching], figure: str) -> float | None:
+    part, whole = (sum(parts) for parts in zip(*(getattr(scan, figure) for scan in scans), strict=True))
+    return part / whole if whole else None
+
+
+def test_figures_of_several_scans_are_added_up_before_they_are_divided() -> None:
     scans = [match(overlap(NODULES, FOUND), 0.1), match(overlap(row((1, 0, 10)), row((1, 0, 10))), 0.1)]
-    total = quality(scans)
-    assert (total.pairs, total.missed, total.false_positives) == (2, 2, 2)
-    assert total.f1 == pytest.approx(2 / 4)
-    assert total.sq == pytest.approx((1 / 3 + 1) / 2)
-    assert total.pq == pytest.approx((1 / 3 + 1) / 4)
-    assert total.f1 * total.sq == pytest.approx(total.pq)
-    assert total.dice_misses_as_0 == pytest.approx(1.5 / 4)
-    assert total.dice_errors_as_0 == pytest.approx(1.5 / 6)
+    assert pooled(scans, "f1") == pytest.approx(2 / 4)  # 2 pairs, 2 misses, 2 false positives
+    assert pooled(scans, "sq") == pytest.approx((1 / 3 + 1) / 2)
+    assert pooled(scans, "pq") == pytest.approx((1 / 3 + 1) / 4)
+    assert pooled(scans, "dice_errors_as_0") == pytest.approx(1.5 / 6)
 
 
 def test_scans_without_nodules_or_components_have_the_figures_that_exist() -> None:
     empty = row()
     silent, loud, missed = (
-        quality([match(overlap(*pair))]) for pair in ((empty, empty), (empty, FOUND), (NODULES, empty))
+        [match(overlap(*pair))] for pair in ((empty, empty), (empty, FOUND), (NODULES, empty))
     )
-    assert silent.f1 is silent.sq is silent.pq is silent.dice_misses_as_0 is silent.dice_errors_as_0 is None
-    assert (loud.f1, loud.sq, loud.pq, loud.dice_misses_as_0, loud.dice_errors_as_0) == (0, None, 0, None, 0)
-    assert (missed.f1, missed.sq, missed.pq, missed.dice_misses_as_0) == (0, None, 0, 0)
+    figures = ("f1", "sq", "pq", "dice_errors_as_0")
+    assert [pooled(silent, one) for one in figures] == [None] * 4
+    assert [pooled(loud, one) for one in figures] == [pooled(missed, one) for one in figures]
+    assert [pooled(loud, one) for one in figures] == [0, None, 0, 0]
 
 
 def test_one_component_stands_for_one_nodule_and_one_nodule_for_one_component() -> None:
