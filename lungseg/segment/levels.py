@@ -19,6 +19,7 @@ from scipy import ndimage
 from lungseg.scan.volume import Geometry, Volume, vector
 
 STEP_MM, STEPS_ACROSS = 0.35, 40
+LINEAR_FROM_MM = 60.0  # it takes less than 0.1 % of such a volume, and a spline half a minute of a whole body
 SPLINE_MARGIN = 8  # voxels; what lies beyond has a weight of less than 3e-5
 
 
@@ -79,14 +80,15 @@ def level_set(
     )
     component = (labels[near] == label).astype(np.float32)
     volume_mm3 = np.count_nonzero(component) * math.prod(grid.spacing_mm)
-    step_mm = max(STEP_MM, (6 * volume_mm3 / math.pi) ** (1 / 3) / STEPS_ACROSS)
+    diameter_mm = (6 * volume_mm3 / math.pi) ** (1 / 3)
+    step_mm = max(STEP_MM, diameter_mm / STEPS_ACROSS)
     depth, height, width = (2 * math.ceil((spacing / step_mm - 1) / 2) + 1 for spacing in scan.spacing_mm)
     cuts = (depth, height, width)
     fine = _cut(scan, box, cuts)
     scale, shift = _between(fine, grid.part(near))
     values, reach = (
         ndimage.affine_transform(array, scale, shift, fine.shape_zyx, np.float32, order=order, mode="nearest")
-        for array, order in ((probability[near], 3), (component, 1))
+        for array, order in ((probability[near], 3 if diameter_mm < LINEAR_FROM_MM else 1), (component, 1))
     )
     values -= np.float32(threshold)
     outside = reach < 1e-3  # not 0, which rounding would decide

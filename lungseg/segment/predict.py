@@ -95,8 +95,10 @@ def confidences(
     around = np.where(touched[low], probability, np.float32(0))
     candidate_labels, candidates = find_candidates(around, geometry, config, lungs)
     both = (labels > 0) & (candidate_labels > 0)
+    pairs = np.unique(labels[both].astype(np.int64) * (len(candidates) + 1) + candidate_labels[both])
     best: dict[int, float] = {}
-    for label, candidate in np.unique(np.stack([labels[both], candidate_labels[both]]), axis=1).T.tolist():
+    for pair in pairs.tolist():
+        label, candidate = divmod(pair, len(candidates) + 1)
         score = candidates[candidate - 1].score(config.candidate_score)
         best[label] = max(best.get(label, 0.0), score)
     return best

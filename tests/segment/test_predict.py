@@ -21,7 +21,6 @@ from lungseg.segment.outputs.nifti import write
 from lungseg.segment.postprocess import components
 from lungseg.segment.predict import Segmentation, confidences, segment
 
-SHARED = Path(__file__).parents[2].parent / "shared/data"
 RECIPE = parse_recipe({"segment": {"window_zyx": [64, 64, 64], "candidate_threshold": 0.49}})
 
 # Feet-first, and turned by 15 degrees about the long axis.
@@ -232,11 +231,8 @@ def test_an_output_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         write(tiny(1), tmp_path / "file/case", scan="s", run="r", checkpoint="1")
 
 
-def test_a_mask_of_a_real_dicom_series_lies_on_dense_tissue_in_its_lungs() -> None:
-    folder = SHARED / "ct64"
-    if not folder.is_dir():
-        pytest.skip("needs a chest CT series at ../shared/data/ct64 beside the checkout")
-    volume = read_series(folder)
+def test_a_mask_of_a_real_dicom_series_lies_on_dense_tissue_in_its_lungs(real_data: Path) -> None:
+    volume = read_series(real_data / "ct64")
 
     found = segment(lambda hu: (hu > -500).astype(np.float32), volume, RECIPE)
 
