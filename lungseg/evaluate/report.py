@@ -53,8 +53,8 @@ SEED_FIGURES = {
     "dice": "Dice (full scan, per case)",
 }
 SEED_NOTE = (
-    "The seed project gave these four as Keras averages them over batches, its MeanIoU of raw sigmoids; here "
-    "they are means over whole scans, mean IoU and Dice of the final mask."
+    "The seed project took MeanIoU of raw sigmoids, which thresholds nothing. Here all four are means over\n"
+    "whole scans: mean IoU, accuracy and Dice of the final mask, the loss of the probabilities."
 )
 _COLUMNS = ("dice", "per_nodule_dice", "crop_dice", "nodules", "detected", "false_positives")
 
@@ -92,8 +92,8 @@ def _figures(found: Mapping[str, Mapping[str, Any]], titles: Mapping[str, str]) 
 
 def _empty(empty: Mapping[str, Any]) -> str:
     return (
-        f"{empty['scans']} scans have neither nodule nor prediction: a Dice of 1 in the first line, of NaN, "
-        "as in nnU-Net,\nin the second, where they are left out."
+        f"Scans with neither nodule nor prediction: {empty['scans']}. Their Dice is 1 in the first line; in\n"
+        "the second it is NaN, as in nnU-Net, and left out."
     )
 
 

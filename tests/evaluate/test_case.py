@@ -205,3 +205,11 @@ def test_masks_are_those_of_predict_on_the_scans_own_grid(tmp_path: Path) -> Non
         stored.mask == 1, prediction.components(CONFIG), stored.mask == 255
     )
     assert result.dice != result.working_grid_dice
+
+
+def test_a_nodule_near_where_the_lungs_end_is_at_the_pleura() -> None:
+    """One reaches out of the lungs, one lies 6 mm within them."""
+    truth, lungs = box(10) + box(60), np.zeros(SHAPE, np.uint8)
+    lungs[4:24, 4:30, 12:100] = 1
+    assert [row.pleural for row in score(EMPTY, truth, lungs=lungs).rows] == [True, False]
+    assert [row.pleural for row in score(EMPTY, truth).rows] == [None, None]
