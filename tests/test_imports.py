@@ -113,7 +113,7 @@ def test_only_storage_speaks_to_object_stores() -> None:
 
 def test_only_a_few_modules_know_ray() -> None:
     allowed = {"lungseg.cluster", "lungseg.dataset.prepare", "lungseg.exporter"}
-    allowed |= {"lungseg.tune.search"}
+    allowed |= {"lungseg.tune.search", "lungseg.submit.jobs"}
     allowed |= {f"lungseg.train.{name}" for name in ("launch", "ready", "stop", "worker")}
     assert users("ray") <= allowed
     assert users("ray", module_level=True) == set()

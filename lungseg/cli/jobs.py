@@ -1,13 +1,26 @@
-"""The verbs that watch jobs: status."""
+"""The verbs for jobs on a cluster: submit, status, logs, wait."""
 
 from __future__ import annotations
 
-from typing import Annotated
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from lungseg.cli.app import app
-from lungseg.cli.options import STORE, StoreUri, checked_name
+from lungseg.cli.ends import INTERRUPTED, end
+from lungseg.cli.options import STORE, RunName, StoreUri, checked_name, read_recipe, read_space
+from lungseg.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lungseg.submit.jobs import Cluster
+
+_ADDRESS = "The cluster's dashboard. Default: RAY_API_SERVER_ADDRESS."
+Address = Annotated[str | None, typer.Option("--address", metavar="URL", help=_ADDRESS)]
+_OF_RECIPES = ("--recipe", "--set", "--space")
+_VERB = "What to run: train, tune, evaluate, prepare lidc or prepare pairs."
+Verb = Annotated[str, typer.Option("--verb", help="train, tune, evaluate or prepare.")]
 
 
 def _checked(name: str | None) -> str | None:
@@ -36,3 +49,124 @@ def status(
     for name in [run] if run else [one.name for one, _ in list_runs(opened)]:
         found = status_of(opened, name)
         print(json.dumps(asdict(found)) if as_json else "\n".join(found.lines()))
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def submit(
+    context: typer.Context,
+    verb: Annotated[str, typer.Argument(metavar="VERB ...", help=_VERB)],
+    address: Address = None,
+    no_wait: Annotated[bool, typer.Option("--no-wait", help="Leave it to itself at once.")] = False,
+) -> None:
+    """Run a verb as a job on a cluster, with the verb's own flags. Shows its log, and ends as it does.
+
+    The recipe goes along by the store, so a file of this machine will do.
+    """
+    from lungseg.submit.jobs import Cluster, job_name
+
+    words, given = _parsed(context, verb)
+    name, store = given.get("run") or given["data"], given["store"]
+    job = job_name(verb, name)
+    cluster = Cluster(address)
+    if cluster.running(job):
+        print(f"{job} runs already on {cluster.address}")
+    else:
+        if "overrides" in given:
+            words = _with_stored_recipe(words, given, verb, name)
+        if "--store" not in " ".join(words):  # the job's default may be another
+            words = [*words, "--store", store]
+        started = cluster.submit(job, words)
+        print(f"{job} {'is submitted to' if started else 'runs already on'} {cluster.address}", flush=True)
+    if not no_wait:
+        sys.exit(_wait(cluster, store, verb, name, show=True))
+    print(f"see: lungseg status --store {store}, lungseg logs|wait --verb {verb} --run {name}")
+
+
+def _parsed(context: typer.Context, verb: str) -> tuple[list[str], dict[str, Any]]:
+    """The words that follow `submit`, and what the verb makes of its flags. Raises what the verb raises for
+    wrong ones, ConfigError("verb-unknown")."""
+    words, parent = [verb, *context.args], context.parent
+    if verb not in ("train", "tune", "evaluate", "prepare") or parent is None:
+        raise ConfigError("verb-unknown", verb=verb, remedy="submit train, tune, evaluate or prepare")
+    command: Any = parent.command
+    rest = list(words)
+    while isinstance(command, TyperGroup):
+        name = rest.pop(0) if rest else ""
+        if command.get_command(parent, name) is None:
+            raise ConfigError("verb-unknown", verb=" ".join(words), remedy="prepare lidc, or prepare pairs")
+        command = command.get_command(parent, name)
+    return words, command.make_context(" ".join(words[: len(words) - len(rest)]), rest, parent=parent).params
+
+
+def _with_stored_recipe(words: list[str], given: dict[str, Any], verb: str, name: str) -> list[str]:
+    """Put the recipe into the store; the words say so in place of its file and settings."""
+    from lungseg.config.stored import store_recipe
+    from lungseg.storage import keys, open_store
+
+    overrides = [*read_space(given.get("space")), *(given["overrides"] or [])]
+    recipe = read_recipe(given["recipe"], overrides)
+    root = keys.data_root(name) if verb == "prepare" else keys.run_root(name)
+    open_store(given["store"]).put_json(keys.submitted(root), store_recipe(recipe))
+    kept, dropped = [], False
+    for word in words:
+        flag = word.partition("=")[0] in _OF_RECIPES
+        if not flag and not dropped:
+            kept.append(word)
+        dropped = word in _OF_RECIPES  # and so is the value that follows
+    return [*kept, "--submitted"]
+
+
+def _wait(cluster: Cluster, store: str, verb: str, name: str, show: bool) -> int:
+    from lungseg.storage import open_store
+    from lungseg.submit import jobs
+    from lungseg.submit.status import outcome
+
+    def print_on(text: str) -> None:
+        print(text, end="", flush=True)
+
+    def in_store() -> int | None:
+        return outcome(open_store(store), name) if verb in ("train", "tune") else None
+
+    job = jobs.job_name(verb, name)
+    try:
+        return jobs.wait(cluster, job, in_store, print_on if show else None)
+    except KeyboardInterrupt:
+        end(f"{job} goes on without this command: lungseg logs or wait", INTERRUPTED)
+
+
+@app.command()
+def wait(run: RunName, verb: Verb = "train", store: StoreUri = STORE, address: Address = None) -> None:
+    """Wait for a job, and end as it does. Its code is 0, 2, 3 or 1, or 130 where it was stopped.
+
+    Of `prepare`, --run is the data set's name.
+    """
+    from lungseg.submit.jobs import Cluster
+
+    sys.exit(_wait(Cluster(address), store, verb, run, show=False))
+
+
+@app.command()
+def logs(
+    run: RunName,
+    verb: Verb = "train",
+    store: StoreUri = STORE,
+    address: Address = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Until the job ends, then end as it does.")
+    ] = False,
+) -> None:
+    """Show a job's log. Where its cluster has gone, what the workers left in the store."""
+    from lungseg.storage import open_store
+    from lungseg.submit.jobs import Cluster, job_name
+    from lungseg.submit.status import stored_log
+
+    try:
+        cluster = Cluster(address)
+        there = cluster.info(job_name(verb, run)) is not None
+    except ConfigError:
+        if follow:
+            raise
+        there = False
+    if there and follow:
+        sys.exit(_wait(cluster, store, verb, run, show=True))
+    print(cluster.logs(job_name(verb, run)) if there else stored_log(open_store(store), run), end="")

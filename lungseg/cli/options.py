@@ -55,10 +55,20 @@ Overrides = Annotated[list[str] | None, typer.Option("--set", help="One setting:
 STORE = "./lungseg-store"
 
 
-def read_recipe(file: Path | None, overrides: list[str] | None) -> Recipe:
+Submitted = Annotated[bool, typer.Option("--submitted", hidden=True, help="The recipe that `submit` stored.")]
+
+
+def read_recipe(
+    file: Path | None, overrides: list[str] | None, stored: tuple[str, str] | None = None
+) -> Recipe:
+    """`stored` names, where `lungseg submit` has put the recipe there, a store and the key."""
     from lungseg.config import load_recipe
+    from lungseg.config.stored import stored_recipe
+    from lungseg.storage import open_store
     from lungseg.telemetry import log
 
+    if stored:
+        return stored_recipe(open_store(stored[0]).get_json(stored[1]))
     recipe = load_recipe(file, overrides or [])
     log("settings").debug("all but defaults: %s", recipe.model_dump(mode="json", exclude_defaults=True))
     return recipe

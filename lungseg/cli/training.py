@@ -16,6 +16,7 @@ from lungseg.cli.options import (
     RecipeFile,
     RunName,
     StoreUri,
+    Submitted,
     read_recipe,
     read_space,
 )
@@ -35,15 +36,17 @@ def train(
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run of this name.")] = False,
     new: Annotated[bool, typer.Option("--new", help="Begin the run of this name anew.")] = False,
+    submitted: Submitted = False,
 ) -> None:
     """Train a network. Checkpoints and the best model go to the store."""
-    from lungseg.storage import open_store
+    from lungseg.storage import keys, open_store
     from lungseg.train.launch import train as run_training
 
     if resume and new:
         raise ConfigError("flags-contradict", remedy="give --resume or --new, not both")
     mode: Mode = "resume" if resume else "new" if new else "fresh"
-    best = run_training(open_store(store), data, run, read_recipe(recipe, overrides), mode)
+    stored = (store, keys.submitted(keys.run_root(run))) if submitted else None
+    best = run_training(open_store(store), data, run, read_recipe(recipe, overrides, stored), mode)
     print(f"published: {val_dice_text(best.val_dice)} after epoch {best.epoch}, {best.checkpoint}")
     print(f"get it with: lungseg pull --store {store} --run {run} --out DIR")
 
@@ -59,14 +62,16 @@ def tune(
     space: Annotated[Path | None, typer.Option("--space", help="YAML file of tune.space.")] = None,
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the sweep of this name.")] = False,
+    submitted: Submitted = False,
 ) -> None:
     """Search settings (tune.space). The best trial becomes the run's best."""
-    from lungseg.storage import open_store
+    from lungseg.storage import keys, open_store
     from lungseg.tune.search import tune as search
 
     if trials is None and minutes is None:
         raise ConfigError("budget-missing", remedy="give --trials, --minutes or both")
-    settings = read_recipe(recipe, [*read_space(space), *(overrides or [])])
+    stored = (store, keys.submitted(keys.run_root(run))) if submitted else None
+    settings = read_recipe(recipe, [*read_space(space), *(overrides or [])], stored)
     mode: Mode = "resume" if resume else "fresh"
     rows = search(open_store(store), data, run, settings, trials, mode, minutes)
     header = ("trial", "state", "val Dice", "epochs", "minutes", "seed", "settings")

@@ -88,6 +88,11 @@ def metrics(root: str) -> str:
     return f"{root}/metrics.jsonl"
 
 
+def submitted(root: str) -> str:
+    """The recipe with which `lungseg submit` started a job for this run or data set."""
+    return f"{root}/submitted.json"
+
+
 def progress(root: str) -> str:
     return f"{root}/progress.json"
 

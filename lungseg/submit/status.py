@@ -79,3 +79,15 @@ def _state(progress: Progress | None, silent_seconds: float) -> str:
         return "begun"
     over = progress.doing in ("ended", "stopped", "failed")
     return progress.doing if over or silent_seconds < LOST_SECONDS else "lost"
+
+
+def outcome(store: Store, name: str) -> int | None:
+    """The exit code of a run whose job nobody remembers; None as long as it may go on."""
+    found = status_of(store, name)
+    return {"ended": 0, "stopped": 130, "failed": 2, "lost": 1}.get(found.state)
+
+
+def stored_log(store: Store, name: str) -> str:
+    """What the workers of a run have logged. Raises RunError("run-missing")."""
+    key = keys.log(keys.run_root(load_run(store, name).name))
+    return store.get(key).decode() if store.exists(key) else ""
