@@ -218,8 +218,7 @@ def test_predict_refuses_inputs_that_are_no_scans(store: Path, here: Path, refus
     assert "series" in refusal("predict", "empty", *call)
     (here / "text.nii.gz").write_text("no image")
     assert "text.nii.gz" in refusal("predict", "text.nii.gz", *call)
-    (here / "other" / "empty").mkdir(parents=True)
-    assert "input-ambiguous (names=empty)" in refusal("predict", "empty", "other/empty", *call)
+    assert "input-ambiguous (inputs=empty,empty)" in refusal("predict", "empty", "empty", *call)
     assert "input-missing (input=none)" in refusal("predict", "empty", "none", *call)
 
 
