@@ -127,6 +127,8 @@ def _run(trainer: Any) -> None:
     had begun."""
     try:
         trainer.fit()
+        if is_marked("stop"):  # too late for the workers, and not for what the command does next
+            raise KeyboardInterrupt
     except Exception as error:
         if not is_marked("stop"):
             raise
@@ -177,13 +179,15 @@ def _watcher(max_failures: int, exporter: Any | None, source: Source) -> Any:
         failures = 0
 
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+            # Tune has ended a trial that it frees the workers of: they are not to be started again.
+            stopped = is_marked("stop") or (source.trial and is_marked("stop", source.trial))
             for rank, error in worker_exceptions.items():
-                ours, stopped = failure_of(rank, error), is_marked("stop")
+                ours = failure_of(rank, error)
                 if not (stopped and ours and ours.code == LEFT):
                     log("train").warning("worker %d failed: %s", rank, ours or last_line(error))
                 if ours and (not may_pass(ours) or stopped):
                     raise ours
-            if is_marked("stop"):
+            if stopped:
                 remedy = "the same command with --resume goes on from the newest checkpoint"
                 raise RunError("stopped-uncommitted", message="a worker failed meanwhile", remedy=remedy)
             self.failures += 1

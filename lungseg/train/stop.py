@@ -21,10 +21,11 @@ _LOOK_SECONDS = 0.5
 _Mark = Literal["stop", "training"]
 
 
-def set_mark(mark: _Mark) -> None:
+def set_mark(mark: _Mark, trial: str = "") -> None:
+    """For the whole Ray job, or for one trial of it."""
     from ray.experimental.internal_kv import _internal_kv_put
 
-    _internal_kv_put(_key(mark), b"1", namespace="lungseg")
+    _internal_kv_put(_key(mark, trial), b"1", namespace="lungseg")
 
 
 def clear_mark(mark: _Mark) -> None:
@@ -33,17 +34,17 @@ def clear_mark(mark: _Mark) -> None:
     _internal_kv_del(_key(mark), namespace="lungseg")
 
 
-def is_marked(mark: _Mark) -> bool:
+def is_marked(mark: _Mark, trial: str = "") -> bool:
     """False where Ray does not run."""
     from ray.experimental.internal_kv import _internal_kv_exists, _internal_kv_initialized
 
-    return _internal_kv_initialized() and _internal_kv_exists(_key(mark), namespace="lungseg")
+    return _internal_kv_initialized() and _internal_kv_exists(_key(mark, trial), namespace="lungseg")
 
 
-def _key(mark: _Mark) -> str:
+def _key(mark: _Mark, trial: str = "") -> str:
     import ray
 
-    return f"{mark}-{ray.get_runtime_context().get_job_id()}"
+    return f"{mark}-{ray.get_runtime_context().get_job_id()}-{trial}"
 
 
 @contextmanager

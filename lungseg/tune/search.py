@@ -16,6 +16,7 @@ from lungseg.config import Recipe
 from lungseg.config.stored import stored_recipe
 from lungseg.dataset.manifest import Manifest, load_manifest
 from lungseg.errors import LungsegError, RunError
+from lungseg.runs.checkpoint import Checkpoint, Checkpoints
 from lungseg.runs.fit import check_fit, on_data
 from lungseg.runs.run import Mode, load_run, open_run, refuse_taken, run_exists
 from lungseg.storage import Store, keys
@@ -23,6 +24,7 @@ from lungseg.telemetry import log
 from lungseg.train.launch import fit, source_of
 from lungseg.train.ready import ready_workers
 from lungseg.train.resources import worker_resources
+from lungseg.train.stop import set_mark
 from lungseg.tune.page import render
 from lungseg.tune.promote import drop_losers, promote, winner
 from lungseg.tune.space import check_space, with_values
@@ -59,6 +61,7 @@ def tune(
     attempt = open_run(store, run, manifest, recipe, mode, kind="tune").attempt
     with tempfile.TemporaryDirectory(prefix="lungseg-tune-", ignore_cleanup_errors=True) as folder:
         sweep = _Sweep(store, root, attempt, manifest, recipe, Path(folder))
+        sweep.settle()
         sweep.run(sweep.trials.to_come(trials or _AS_MANY_AS_FIT), minutes)
         if recipe.tune.seeds > 1:
             sweep.run(sweep.trials.repeat_best(), None)
@@ -90,6 +93,24 @@ class _Sweep:
         self.trials = Trials(store, root, recipe, folder)
         self.error: LungsegError | None = None
         self._published: Trial | None = None
+
+    def settle(self) -> None:
+        """End the trials that were interrupted, and whose workers lived on to the last epoch."""
+
+        def newest(trial: Trial) -> Checkpoint | None:
+            return Checkpoints(self.store, keys.trial_root(self.root, trial.name)).newest(self.attempt)
+
+        def has_ended(trial: Trial) -> bool:
+            found = newest(trial)
+            return found is not None and found.state.ended(with_values(self.recipe, trial.values).train)
+
+        for number in self.trials.take_up(has_ended):
+            trial = self.trials.all()[number]
+            last = newest(trial)
+            if last and last.state.epoch not in trial.curve:  # it did not live on to its line of metrics
+                dice, seconds = last.state.metrics["val_dice"], last.state.metrics["seconds"]
+                self.trials.report(number, last.state.epoch, dice, seconds)
+            self.end(number, "complete")
 
     def run(self, count: int, minutes: float | None) -> None:
         """Run so many trials, if need be fewer in the minutes given."""
@@ -187,6 +208,8 @@ def _for_ray(sweep: _Sweep) -> tuple[Any, Any, Any]:
     from ray.tune.schedulers import FIFOScheduler
     from ray.tune.search import Searcher
 
+    stopped: set[int] = set()
+
     class Suggest(Searcher):
         def suggest(self, trial_id: str) -> dict[str, str]:
             return sweep.begin()
@@ -201,13 +224,15 @@ def _for_ray(sweep: _Sweep) -> tuple[Any, Any, Any]:
         def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
             epoch = int(result["epoch"])
             on = sweep.trials.report(_number(trial), epoch, result["val_dice"], result["seconds"])
-            return self.CONTINUE if on or epoch >= sweep.recipe.train.epochs else self.STOP
+            if on or epoch >= sweep.recipe.train.epochs:
+                return self.CONTINUE
+            stopped.add(_number(trial))
+            return self.STOP
 
     class Record(Callback):
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             _free(trial)
-            stopped = not (trial.last_result or {}).get("done", False)
-            sweep.end(_number(trial), "pruned" if stopped else "complete")
+            sweep.end(_number(trial), "pruned" if _number(trial) in stopped else "complete")
 
         def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             _free(trial)
@@ -229,4 +254,5 @@ def _free(trial: Any) -> None:
 
     group = (trial.last_result or {}).get("placement_group")
     if group:
+        set_mark("stop", trial.config["trial"])
         remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group))))

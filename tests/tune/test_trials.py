@@ -54,12 +54,13 @@ def test_the_next_driver_goes_on_with_the_interrupted_trial_and_knows_the_others
     second = opened(tmp_path)
     assert second.all() == first.all()
     assert second.to_come(3) == 2
-    unheard = "".join(json.dumps({"epoch": n, "val_dice": dice}) + "\n" for n, dice in ((1, 0.3), (2, 0.35)))
+    epochs = [{"epoch": n, "val_dice": dice, "seconds": 60.0 * n} for n, dice in ((1, 0.3), (2, 0.35))]
+    unheard = "".join(json.dumps(epoch) + "\n" for epoch in epochs)
     trial_root = f"{ROOT}/trials/{interrupted.name}"
     FolderStore(tmp_path / "store").put(f"{trial_root}/metrics.jsonl", unheard.encode())
     again = second.begin(fine)
     assert (again.number, again.values) == (interrupted.number, interrupted.values)
-    assert again.curve == {1: 0.3, 2: 0.35}
+    assert (again.curve, again.seconds) == ({1: 0.3, 2: 0.35}, 120.0)
     assert second.begin(fine).values not in [trial.values for trial in first.all()]
     lines = (tmp_path / "store" / ROOT / "trials.jsonl").read_text().splitlines()
     kept = [json.loads(line) for line in lines]
@@ -68,6 +69,16 @@ def test_the_next_driver_goes_on_with_the_interrupted_trial_and_knows_the_others
     assert kept[failed.number]["error"] == "loss-not-finite"
     with pytest.raises(RunError, match="run-taken-over"):
         first.report(interrupted.number, 2, 0.5, 120.0)
+
+
+def test_an_interrupted_trial_with_nothing_left_to_run_is_for_the_driver_to_end(tmp_path: Path) -> None:
+    first = opened(tmp_path)
+    ran_out, under_way = (first.begin(fine).number for _ in range(2))
+    second = opened(tmp_path)
+    assert second.take_up(lambda trial: trial.number == ran_out) == [ran_out]
+    second.report(ran_out, 1, 0.5, 60.0)
+    assert second.end(ran_out, "complete").val_dice == 0.5
+    assert second.begin(fine).number == under_way
 
 
 def test_a_trial_that_others_have_left_behind_is_stopped_also_by_the_next_driver(tmp_path: Path) -> None:
