@@ -13,7 +13,7 @@ from typing import Any
 from lungseg.config import Recipe, parse_recipe
 from lungseg.dataset.manifest import Manifest
 from lungseg.dataset.prepare import prepare
-from lungseg.errors import LungsegError
+from lungseg.errors import LungsegError, RunError
 from lungseg.runs.best import Best
 from lungseg.runs.run import load_published
 from lungseg.sources import lidc
@@ -66,9 +66,19 @@ def run_demo(out: Path, store_uri: str) -> None:
         cases, _ = lidc.find_cases(out / "dicom", recipe.data.lidc)
         manifest = prepare(store, NAME, cases, recipe.data, report)
     with _stage("train", seconds):
-        best = train(store, NAME, NAME, recipe, "resume")
+        best = _train(store, recipe)
     scores = _score(store, manifest, out, best.checkpoint, seconds)
     _print_table(store, out, best, scores, seconds)
+
+
+def _train(store: Store, recipe: Recipe) -> Best:
+    try:
+        return train(store, NAME, NAME, recipe, "resume")
+    except RunError as error:
+        if error.code != "stopped":
+            raise
+        remedy = "the same command goes on from there"  # the demo always resumes
+        raise RunError("stopped", message=error.message, remedy=remedy) from error
 
 
 def _score(
