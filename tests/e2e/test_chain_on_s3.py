@@ -126,7 +126,8 @@ def test_a_scan_that_is_not_in_hu_is_warned_of_on_the_terminal_and_in_the_result
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    image = sitk.ReadImage([str(path) for path in sorted(segmented[0].glob("*.dcm"))])
+    # Few slices: to a network of eight steps all that is as bright as this is one nodule.
+    image = sitk.ReadImage([str(path) for path in sorted(segmented[0].glob("*.dcm"))[:24]])
     sitk.WriteImage(sitk.Cast(image, sitk.sitkInt16) + 1024, str(tmp_path / "shifted.mha"))
     lungseg("predict", tmp_path / "shifted.mha", "--store", chain[1], "--run", "first", "--out", tmp_path)
     warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]

@@ -56,6 +56,10 @@ def claimed(number: int) -> Callable[[set[str]], bool]:
     return lambda keys: any(key.endswith(f"claims/{number:06d}.json") for key in keys)
 
 
+def written(keys: set[str]) -> int:
+    return sum("/checkpoints/" in key for key in keys)
+
+
 def assert_endpoint_tells(balls: Any, run: str, endpoint: Endpoint, restarts: int) -> None:
     """Of a run of 4 epochs of 6 steps whose workers were ended: what each counted is added to what the one
     before it did, but for its last moments."""
@@ -78,11 +82,12 @@ def assert_endpoint_tells(balls: Any, run: str, endpoint: Endpoint, restarts: in
 def test_a_worker_that_is_asked_to_leave_and_killed_again_and_again_ends_as_if_nothing_had_been(
     balls: Any, undisturbed: str, endpoint: Endpoint
 ) -> None:
-    """Asked before its first step it leaves after it; then a seed says after how many files it is killed."""
+    """Asked before its first step it leaves after it; then a seed says after how many files of checkpoints it
+    is killed."""
     random = Random(1)
     moments: list[Moment] = [(claimed(1), signal.SIGTERM)]
     for after in sorted(random.sample(range(6, 24), 2)):
-        moments.append((lambda keys, after=after: len(keys) >= after, signal.SIGKILL))
+        moments.append((lambda keys, after=after: written(keys) >= after, signal.SIGKILL))
     with worker_signalled(balls, "killed-worker", moments) as hit:
         best = balls.train("killed-worker", "train.max_failures=3", *endpoint.settings)
     assert len(hit) == len(set(hit)) == 3

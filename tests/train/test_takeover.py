@@ -85,6 +85,14 @@ def tell_ray_that_the_newest_node_drains(seconds: int) -> None:
     assert accepted, why
 
 
+JOINS = """
+from ray._private import services
+from ray.scripts.scripts import main
+services.resolve_ip_for_localhost = lambda host: host  # the head listens on the loopback address only
+main()
+"""
+
+
 @contextmanager
 def second_node(folder: Path) -> Iterator[Any]:
     """The raylet's process of another node, with one core, in the cluster of this session."""
@@ -93,14 +101,15 @@ def second_node(folder: Path) -> Iterator[Any]:
 
     address = ray.get_runtime_context().gcs_address
     command = [
-        "ray",
+        sys.executable,
+        "-c",
+        JOINS,
         "start",
         "--block",
         f"--address={address}",
         "--node-ip-address=127.0.0.1",
         "--num-cpus=1",
     ]
-    command[0] = str(Path(sys.executable).parent / "ray")
     alive = len([node for node in ray.nodes() if node["Alive"]])
     with (folder / "node").open("wb") as log:
         node = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
