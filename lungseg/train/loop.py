@@ -90,6 +90,8 @@ def run_worker(job: Job, session: Session) -> None:
         if recorder and found:
             _tell_of_another_schedule(found.state, recipe, per_pass)
             recorder.resumed(found)
+        if state.ended(recipe.train):
+            session.report(state.metrics)  # whoever waits for it, a sweep, has not heard of the last epoch
         began = time.monotonic() - state.seconds
         _train(_Worker(job, session, stepper, recorder, steps, began), state)
 
