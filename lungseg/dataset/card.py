@@ -6,8 +6,6 @@ files lie beside the manifest, hold case ids and no other name, and are the same
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -23,14 +21,13 @@ from lungseg.dataset.manifest import Manifest
 from lungseg.dataset.patches import STRATA
 from lungseg.dataset.shards import POSITIVE, Extent, Patch, fetch, patches_of
 from lungseg.dataset.splits import SPLITS
+from lungseg.show import page
 from lungseg.storage import Store, keys, to_json
 
 SIZES_MM = (0.0, 6.0, 10.0, 20.0, math.inf)
 """Bounds of the size bins: the diameter of a ball of the nodule's volume."""
 PICTURES = 24
 _COUNTED = (("scan", "scans"), ("patient", "patients"), ("nodule", "nodules"), ("patch", "patches"))
-WINDOW_HU = (-1350.0, 150.0)
-"""The usual lung window: width 1500, centre -600."""
 
 
 def write_card(store: Store, manifest: Manifest) -> None:
@@ -160,41 +157,12 @@ def picture(patch: Patch) -> dict[str, Any]:
         "nodule_id": patch.nodule_id,
         "width_mm": width_mm,
         "height_mm": height_mm,
-        "png": base64.b64encode(png(patch.image_hu[z])).decode(),
-        "target": outlines(target[z], patch.spacing_mm),
-        "ignore": outlines(patch.mask[z] == IGNORE, patch.spacing_mm),
+        "png": page.png(patch.image_hu[z]),
+        "target": page.outlines(target[z], patch.spacing_mm),
+        "ignore": page.outlines(patch.mask[z] == IGNORE, patch.spacing_mm),
     }
-
-
-def png(image_hu: np.ndarray) -> bytes:
-    from PIL import Image
-
-    low, high = WINDOW_HU
-    grey = np.clip((image_hu - low) / (high - low), 0, 1) * 255
-    file = io.BytesIO()
-    Image.fromarray(np.rint(grey).astype(np.uint8)).save(file, "PNG")
-    return file.getvalue()
-
-
-def outlines(mask: np.ndarray, spacing_mm: tuple[float, float, float]) -> str:
-    """Where the mask crosses 0.5, as an SVG path in mm from the corner of the first pixel."""
-    from skimage.measure import find_contours
-
-    _, y_mm, x_mm = spacing_mm
-    parts = []
-    for line in find_contours(np.pad(mask, 1).astype(float), 0.5):
-        # The padding is one pixel, and a pixel's centre half a pixel from its corner.
-        points = (f"{(x - 0.5) * x_mm:.2f} {(y - 0.5) * y_mm:.2f}" for y, x in line)
-        parts.append("M" + "L".join(points) + "Z")
-    return "".join(parts)
 
 
 def render(card: dict[str, Any], pictures: Sequence[dict[str, Any]]) -> str:
     """One page that needs no other file, no script and no network."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("lungseg.dataset", "."), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    return environment.get_template("card.html.j2").render(card=card, pictures=pictures, splits=SPLITS)
+    return page.render("lungseg.dataset", "card.html.j2", {}, card=card, pictures=pictures, splits=SPLITS)

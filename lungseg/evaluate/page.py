@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from lungseg.evaluate.report import HEADLINES, SEED_FIGURES, SEED_NOTE, show
+from lungseg.show import page
 
 WIDTH, HEIGHT, MARGIN = 320, 240, 40
 Points = Sequence[tuple[float, float]]
@@ -31,19 +32,15 @@ class Chart:
 
 def render(tree: Mapping[str, Any], pictures: Sequence[Mapping[str, Any]]) -> str:
     """`tree` is the JSON's, `pictures` those of the worst nodules."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("lungseg.evaluate", "."), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters["show"] = show
     charts = [
         froc_chart(tree["detection"]),
         volume_chart(tree["nodules"]),
         reliability_chart(tree["calibration"]),
     ]
-    return environment.get_template("report.html.j2").render(
+    return page.render(
+        "lungseg.evaluate",
+        "report.html.j2",
+        {"show": show},
         tree=tree,
         pictures=pictures,
         charts=[one for one in charts if one],

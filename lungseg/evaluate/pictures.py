@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from lungseg.config import SegmentConfig
-from lungseg.dataset.card import outlines, png
 from lungseg.dataset.stored_scans import StoredScan
 from lungseg.evaluate.case import CaseResult
 from lungseg.evaluate.kept import Prediction
 from lungseg.evaluate.nodule import NoduleScore
 from lungseg.scan.resample import resample_onto
+from lungseg.show.page import outlines, png
 
 WORST = 10
 SIDE_MM = 50.0
@@ -61,7 +60,7 @@ def _picture(
         "dice": row.outline.dice,
         "width_mm": round(width * spacing_mm[2], 3),
         "height_mm": round(height * spacing_mm[1], 3),
-        "png": base64.b64encode(png(image)).decode(),
+        "png": png(image),
         "truth": outlines(numbers > 0, spacing_mm),
         "predicted": outlines(found, spacing_mm),
         "ignore": outlines(numbers < 0, spacing_mm),

@@ -8,6 +8,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from lungseg.config.tune import Dimension
+from lungseg.show import page
 from lungseg.tune.promote import winner
 from lungseg.tune.trials import Trial, by_score
 
@@ -22,15 +23,12 @@ def render(
     `importances` are shares of 1, by PED-ANOVA (Watanabe et al., 2023): how far the settings of the better
     half of the trials differ from those of all.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
     scored = [trial for trial in trials if trial.ended and trial.val_dice is not None]
     top = max((trial.val_dice or 0.0 for trial in scored), default=1.0) or 1.0
-    environment = Environment(
-        loader=PackageLoader("lungseg.tune", "."), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    return environment.get_template("sweep.html.j2").render(
+    return page.render(
+        "lungseg.tune",
+        "sweep.html.j2",
+        {},
         run=run,
         names=list(space),
         trials=sorted(trials, key=by_score),
