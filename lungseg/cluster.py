@@ -198,11 +198,6 @@ def _loopback_stays() -> Iterator[None]:
         services.resolve_ip_for_localhost = resolve
 
 
-def on_cluster() -> bool:
-    """Whether `connect` would join a cluster rather than start a Ray of our own."""
-    return os.environ.get("RAY_ADDRESS", "local") not in ("", "local")
-
-
 def run_tasks(
     function: Callable[..., Any],
     tasks: Sequence[tuple[Any, ...]],

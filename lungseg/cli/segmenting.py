@@ -43,8 +43,8 @@ def evaluate(
     """
     from dataclasses import replace
 
-    from lungseg.cluster import on_cluster
-    from lungseg.config import resegmented
+    from lungseg.cluster import await_store, on_a_cluster
+    from lungseg.config import TrainConfig, resegmented
     from lungseg.dataset.manifest import load_manifest
     from lungseg.evaluate.kept import all_kept
     from lungseg.evaluate.protocol import Network, evaluate_split
@@ -54,6 +54,7 @@ def evaluate(
     from lungseg.telemetry import progress
 
     opened, refused = open_store(store), Refused()
+    await_store(opened.check, TrainConfig().wait_minutes)
     manifest = load_run_data(opened, run)
     if data:
         manifest = require_same_splits(manifest, load_manifest(opened, checked_name(data)))
@@ -61,7 +62,7 @@ def evaluate(
     model = load_published(opened, run)
     model = replace(model, recipe=resegmented(model.recipe, overrides or []))
     network = Network(opened, model)
-    if not on_cluster() and not all_kept(opened, entries, model, split):
+    if not on_a_cluster() and not all_kept(opened, entries, model, split):
         network.load()  # before the bar of the scans begins
     with progress("scans") as report:
         result = evaluate_split(opened, manifest, model, network, split, out, report, refused, baseline)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from lungseg import __version__
-from lungseg.cluster import on_cluster, run_tasks
+from lungseg.cluster import on_a_cluster, run_tasks
 from lungseg.dataset.manifest import Manifest
 from lungseg.dataset.stored_scans import StoredScan, StoredScanEntry, read_scan
 from lungseg.errors import DataError, GeometryError, LungsegError
@@ -178,7 +178,7 @@ def _run(tasks: Sequence[Task], progress: Progress, refuse: Refuse) -> list[Scor
         if isinstance(found, Broken):
             refuse(found.case_id, found.error)
 
-    if on_cluster():
+    if on_a_cluster():
         return run_tasks(_attempt, [(task,) for task in tasks], SCAN_BYTES, progress, tell, gpus=True)
     found: list[Scored | Broken] = []
     turns = _Turns(tasks[0].predict)

@@ -14,6 +14,9 @@ import pytest
 
 from lungseg import cli
 from lungseg.cli.app import VERBS
+from lungseg.errors import StorageError
+from lungseg.storage import FolderStore
+from lungseg.telemetry import log
 
 HEAVY = ("tensorflow", "keras", "ray", "numpy", "pydantic", "pylidc", "boto3", "SimpleITK")
 Refusal = Callable[..., str]
@@ -277,3 +280,27 @@ def test_jobs_run_the_verb_of_their_name(here: Path) -> None:
         words = [sys.executable, str(jobs / f"{verb}.py"), "--help"]
         done = subprocess.run(words, capture_output=True, text=True, env={**os.environ}, check=True)
         assert done.stdout.startswith(f"Usage: lungseg {verb} ")
+
+
+@pytest.mark.parametrize("verb", ["train", "tune", "evaluate"])
+def test_a_job_on_a_cluster_waits_for_the_store_that_starts_with_it(
+    verb: str, refusal: Refusal, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = iter([StorageError("store-unreachable", message="refused", remedy="wait")])
+
+    def check(store: FolderStore) -> None:
+        for error in answers:
+            raise error
+
+    monkeypatch.setattr("lungseg.cluster._LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(log("cluster"), "disabled", True)
+    monkeypatch.setattr(FolderStore, "check", check)
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
+    words = {
+        "evaluate": ["--out", "report"],
+        "train": ["--data", "d"],
+        "tune": ["--data", "d", "--trials", "1"],
+    }
+    told = refusal(verb, "--run", "r", *words[verb], "--store", str(here))
+    assert "-missing (" in told  # of a run or a data set
+    assert next(answers, None) is None
