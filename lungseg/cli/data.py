@@ -104,13 +104,17 @@ def _prepare(
     from lungseg.cluster import await_store
     from lungseg.dataset.card import describe
     from lungseg.dataset.prepare import prepare
+    from lungseg.errors import StorageError
     from lungseg.storage import keys, open_store
     from lungseg.telemetry import progress
 
     with progress("scans") as report:
         opened = open_store(uri)
-        if opened.remote:  # a folder need not be there yet
+        try:
             await_store(opened.check, recipe.train.wait_minutes)
+        except StorageError as error:
+            if error.code != "store-missing":  # the first upload makes it, where that is allowed
+                raise
         manifest = prepare(opened, name, cases, recipe.data, report, excluded, skip_broken)
     print(describe(manifest))
     print(f"excluded: {len(manifest.excluded)} scans; manifest {manifest.sha256[:12]}")

@@ -245,9 +245,7 @@ class S3Store(Store):
             code = error.response.get("Error", {}).get("Code", "")
             if code == "NoSuchBucket":
                 remedy = f"create the bucket {self.bucket!r}, or correct --store"
-                return StorageError(
-                    "store-unreachable", store=self.uri, message="no such bucket", remedy=remedy
-                )
+                return StorageError("store-missing", store=self.uri, message="no such bucket", remedy=remedy)
             if status == 404:
                 return missing(self, key)
             if status == 416:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from helpers.painted import write_pairs
 
 from lungseg import cli
 from lungseg.cli.app import VERBS
@@ -282,25 +283,29 @@ def test_jobs_run_the_verb_of_their_name(here: Path) -> None:
         assert done.stdout.startswith(f"Usage: lungseg {verb} ")
 
 
-@pytest.mark.parametrize("verb", ["train", "tune", "evaluate"])
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [
+        ("train --data d --run r", "data-missing"),
+        ("tune --data d --run r --trials 1", "data-missing"),
+        ("evaluate --run r --out report", "run-missing"),
+        ("prepare pairs pairs --data d", "cluster-address"),  # which takes a store that is not there yet
+    ],
+)
 def test_a_job_on_a_cluster_waits_for_the_store_that_starts_with_it(
-    verb: str, refusal: Refusal, here: Path, monkeypatch: pytest.MonkeyPatch
+    line: str, code: str, refusal: Refusal, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answers = iter([StorageError("store-unreachable", message="refused", remedy="wait")])
+    write_pairs(here / "pairs", 4)
+    missing = StorageError("store-missing", remedy="make it")
+    answers = [StorageError("store-unreachable", remedy="wait"), *[missing] * line.startswith("prepare")]
 
     def check(store: FolderStore) -> None:
-        for error in answers:
-            raise error
+        if answers:
+            raise answers.pop(0)
 
     monkeypatch.setattr("lungseg.cluster._LOOK_SECONDS", 0.01)
     monkeypatch.setattr(log("cluster"), "disabled", True)
     monkeypatch.setattr(FolderStore, "check", check)
-    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
-    words = {
-        "evaluate": ["--out", "report"],
-        "train": ["--data", "d"],
-        "tune": ["--data", "d", "--trials", "1"],
-    }
-    told = refusal(verb, "--run", "r", *words[verb], "--store", str(here))
-    assert "-missing (" in told  # of a run or a data set
-    assert next(answers, None) is None
+    monkeypatch.setenv("RAY_ADDRESS", "http://not-rays")
+    assert f"lungseg: {code}" in refusal(*line.split(), "--store", str(here))
+    assert answers == []

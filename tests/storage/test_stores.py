@@ -223,7 +223,7 @@ def test_a_store_is_a_folder_or_s3(uri: str) -> None:
 
 
 def test_wrong_credentials_and_missing_buckets_say_so(s3_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(StorageError, match="no such bucket"):
+    with pytest.raises(StorageError, match="store-missing: no such bucket"):
         open_store("s3://no-such-bucket/x").check()
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     with pytest.raises(StorageError, match="store-refused") as caught:
