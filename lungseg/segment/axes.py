@@ -1,6 +1,6 @@
 """The two diameters that radiologists measure, on outlines between pixels.
 
-The long axis is the longest line between two points of one outline in one axial slice, in the slice where it
+The long axis is the longest line between two points of one outline in one axial plane, in the plane where it
 is longest; the short axis is the longest line across the same outline at right angles to it. Lung-RADS 2022
 (American College of Radiology) and the Fleischner Society (MacMahon et al., Radiology 284, 2017; Bankier et
 al., Radiology 285, 2017) decide by the mean of the two: it is formed of unrounded axes here and rounded last,
@@ -25,8 +25,8 @@ Line = tuple[Vector, Vector]
 
 @dataclass(frozen=True)
 class Axes:
-    """Both axes, as lines between patient coordinates (x, y, z), in the scan's slice `slice_index`, which
-    counts from 0 along the index axis that runs nearest to the patient's long axis."""
+    """Both axes, as lines between patient coordinates (x, y, z), in a plane within the scan's slice
+    `slice_index`, which counts from 0 along the index axis that runs nearest to the patient's long axis."""
 
     slice_index: int
     long_lps_mm: Line
@@ -46,39 +46,50 @@ class Axes:
 
 
 def axial_axes(level: LevelSet) -> Axes | None:
-    """The axes of a nodule in the slices of its scan; None where no slice passes through it.
+    """The axes of a nodule in the axial planes of its level set, which lie between the scan's slices too;
+    None where none passes through it.
 
-    Balls and ellipsoids of 4 to 30 mm on pixels of 0.7 mm and slices of 1 mm come out right within 0.1 mm in
-    the mean. In thick slices they are too short, since none passes through the middle.
+    So they do not depend on where thick slices happen to cut: balls and ellipsoids of 4 to 30 mm on pixels of
+    0.7 mm and slices of 1 to 3 mm come out right within 0.1 mm in the mean.
     """
     axis = 2 - int(np.argmax(np.abs(level.geometry.direction_lps[2])))
-    best: tuple[float, int, np.ndarray] | None = None
-    for voxel in range(level.box[axis].stop - level.box[axis].start):
-        for outline in _outlines(level, axis, voxel):
-            longest = float(pdist(_corners(outline)).max())
-            if best is None or longest > best[0]:
-                best = longest, voxel, outline
+    in_plane = np.delete(level.geometry.spacing_mm, axis)
+    planes = np.moveaxis(level.values, axis, 0)
+    bounds_mm = _bounds_mm(planes > 0, in_plane)
+    longest, best = 0.0, None
+    for part in np.argsort(-bounds_mm, kind="stable").tolist():
+        if bounds_mm[part] <= longest:
+            break
+        for outline in (line * in_plane for line in find_contours(planes[part], 0)):
+            length = float(pdist(_corners(outline)).max())
+            if length > longest:
+                longest, best = length, (part, outline)
     if best is None:
         return None
-    _, voxel, outline = best
-    part = 1 + level.cuts_zyx[axis] // 2 + voxel * level.cuts_zyx[axis]
-    in_plane = np.delete(level.geometry.spacing_mm, axis)
+    part, outline = best
     lines = []
     for line_mm in _axes(outline):
         first, last = level.geometry.to_lps_mm(np.insert(line_mm / in_plane, axis, part, axis=1))
         lines.append((vector(first), vector(last)))
+    voxels = level.box[axis].stop - level.box[axis].start
+    voxel = min((part - 1) // level.cuts_zyx[axis], voxels - 1)
     return Axes(level.box[axis].start + voxel, lines[0], lines[1])
+
+
+def _bounds_mm(planes: np.ndarray, in_plane_mm: np.ndarray) -> np.ndarray:
+    """Of each plane of bool `planes` [n, row, column] what no line in it is longer than; 0 for empty ones."""
+    squares = np.zeros(len(planes))
+    for along, spacing_mm in zip((2, 1), in_plane_mm, strict=True):
+        touched = np.asarray(planes.any(axis=along))
+        first, last = touched.argmax(axis=1), touched.shape[1] - touched[:, ::-1].argmax(axis=1)
+        # An outline ends less than a pixel beyond the outermost centres.
+        squares += ((last - first + 1) * spacing_mm) ** 2
+    return np.where(planes.any(axis=(1, 2)), np.sqrt(squares), 0)
 
 
 def rounded(diameter_mm: float, to: str) -> float:
     """To a multiple of the power of ten `to`, halves upwards."""
     return float(Decimal(diameter_mm).quantize(Decimal(to), ROUND_HALF_UP))
-
-
-def _outlines(level: LevelSet, axis: int, voxel: int) -> list[np.ndarray]:
-    """Closed outlines [n, 2] in mm in one slice of the scan."""
-    in_plane = np.delete(level.geometry.spacing_mm, axis)
-    return [outline * in_plane for outline in find_contours(level.plane(axis, voxel), 0)]
 
 
 def _corners(outline: np.ndarray) -> np.ndarray:

@@ -43,10 +43,6 @@ class LevelSet:
         inside: np.ndarray = self.values[centres] > 0
         return inside
 
-    def plane(self, axis: int, voxel: int) -> np.ndarray:
-        """The values through the centres of the box's slice `voxel` along `axis`."""
-        return self.values.take(1 + self.cuts_zyx[axis] // 2 + voxel * self.cuts_zyx[axis], axis)
-
     def denser_than(self, level_hu: float, volume: Volume) -> LevelSet:
         """The part of the nodule above `level_hu` in `volume`, whose HU are interpolated linearly."""
         scale, shift = _between(self.geometry, volume.geometry)

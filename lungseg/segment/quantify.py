@@ -32,7 +32,7 @@ class NoduleMeasurement:
     (36 pi V^2)^(1/3) / A, 1 for a ball (Wadell, 1935; both as in the Image Biomarker Standardisation
     Initiative, Zwanenburg et al., Radiology 295, 2020).
 
-    Of the axes see `axes`: the longest one and the one at right angles in the slice `axial_slice`, as lines
+    Of the axes see `axes`: the longest one and the one at right angles in a plane in `axial_slice`, as lines
     between patient coordinates too, their mean, and that mean as each guideline rounds it. No category of a
     guideline follows from them alone.
 
