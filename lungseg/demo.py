@@ -93,15 +93,15 @@ def _score(
     with _stage("evaluate", seconds):
         with quiet_tensorflow():
             from lungseg.evaluate.protocol import evaluate_split
+            from lungseg.evaluate.scans import Member
             from lungseg.runs.export import load_network
 
             published = load_published(store, NAME)
             best = load_network(store, published)
         with progress("test scans evaluated") as report:
             folder = out / "evaluation"
-            result = evaluate_split(
-                store, manifest, published, best.predict, "test", folder, report, _refuse, baseline=True
-            )
+            members = [Member(published, manifest, best.predict)]
+            result = evaluate_split(store, members, "test", folder, report, _refuse, baseline=True)
     with _stage("predict", seconds), progress("windows") as report:
         from lungseg.scan.dicom import read_series
         from lungseg.scan.identity import scan_id

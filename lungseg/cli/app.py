@@ -16,6 +16,7 @@ VERBS = (
     "prepare",
     "train",
     "tune",
+    "fit-post",
     "evaluate",
     "compare",
     "predict",

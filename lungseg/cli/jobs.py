@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -10,7 +11,7 @@ from typer.core import TyperGroup
 
 from lungseg.cli.app import app
 from lungseg.cli.ends import INTERRUPTED, end
-from lungseg.cli.options import STORE, RunName, StoreUri, checked_name, read_recipe, read_space
+from lungseg.cli.options import STORE, ModelName, StoreUri, checked_name, read_recipe, read_runs, read_space
 from lungseg.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -19,8 +20,9 @@ if TYPE_CHECKING:
 _ADDRESS = "The cluster's dashboard. Default: RAY_API_SERVER_ADDRESS."
 Address = Annotated[str | None, typer.Option("--address", metavar="URL", help=_ADDRESS)]
 _OF_RECIPES = ("--recipe", "--set", "--space")
-_VERB = "What to run: train, tune, evaluate, prepare lidc or prepare pairs."
-Verb = Annotated[str, typer.Option("--verb", help="train, tune, evaluate or prepare.")]
+_VERBS = ("train", "tune", "fit-post", "evaluate", "prepare")
+_VERB = "What to run: train, tune, fit-post, evaluate, prepare lidc or prepare pairs."
+Verb = Annotated[str, typer.Option("--verb", help=f"One of {', '.join(_VERBS)}.")]
 
 
 def _checked(name: str | None) -> str | None:
@@ -62,16 +64,20 @@ def submit(
 
     The recipe goes along by the store, so a file of this machine will do.
     """
+    from lungseg.runs.ensemble import ensemble_name
     from lungseg.submit.jobs import Cluster, job_name
 
     words, given = _parsed(context, verb)
-    name, store = given.get("run") or given["data"], given["store"]
+    store, name = given["store"], given.get("run") or given["data"]
+    if "runs" in given:
+        words, runs = _with_runs(words, given)
+        name = ensemble_name(runs)
     job = job_name(verb, name)
     cluster = Cluster(address)
     if cluster.running(job):
         print(f"{job} runs already on {cluster.address}")
     else:
-        if "overrides" in given:
+        if "recipe" in given:
             words = _with_stored_recipe(words, given, verb, name)
         if "--store" not in " ".join(words):  # the job's default may be another
             words = [*words, "--store", store]
@@ -86,8 +92,8 @@ def _parsed(context: typer.Context, verb: str) -> tuple[list[str], dict[str, Any
     """The words that follow `submit`, and what the verb makes of its flags. Raises what the verb raises for
     wrong ones, ConfigError("verb-unknown")."""
     words, parent = [verb, *context.args], context.parent
-    if verb not in ("train", "tune", "evaluate", "prepare") or parent is None:
-        raise ConfigError("verb-unknown", verb=verb, remedy="submit train, tune, evaluate or prepare")
+    if verb not in _VERBS or parent is None:
+        raise ConfigError("verb-unknown", verb=verb, remedy=f"submit one of {', '.join(_VERBS)}")
     command: Any = parent.command
     rest = list(words)
     while isinstance(command, TyperGroup):
@@ -96,6 +102,13 @@ def _parsed(context: typer.Context, verb: str) -> tuple[list[str], dict[str, Any
             raise ConfigError("verb-unknown", verb=" ".join(words), remedy="prepare lidc, or prepare pairs")
         command = command.get_command(parent, name)
     return words, command.make_context(" ".join(words[: len(words) - len(rest)]), rest, parent=parent).params
+
+
+def _with_runs(words: list[str], given: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """The words with a flag for each run that a file of this machine names; and all runs."""
+    runs = read_runs(given["runs"], given["runs_file"])
+    in_file = runs[len(given["runs"]) :]
+    return [*_without(words, ["--runs"]), *(f"--run={run}" for run in in_file)], runs
 
 
 def _with_stored_recipe(words: list[str], given: dict[str, Any], verb: str, name: str) -> list[str]:
@@ -107,13 +120,18 @@ def _with_stored_recipe(words: list[str], given: dict[str, Any], verb: str, name
     recipe = read_recipe(given["recipe"], overrides)
     root = keys.data_root(name) if verb == "prepare" else keys.run_root(name)
     open_store(given["store"]).put_json(keys.submitted(root), store_recipe(recipe))
+    return [*_without(words, _OF_RECIPES), "--submitted"]
+
+
+def _without(words: list[str], flags: Sequence[str]) -> list[str]:
+    """All but these flags and their values."""
     kept, dropped = [], False
     for word in words:
-        flag = word.partition("=")[0] in _OF_RECIPES
+        flag = word.partition("=")[0] in flags
         if not flag and not dropped:
             kept.append(word)
-        dropped = word in _OF_RECIPES  # and so is the value that follows
-    return [*kept, "--submitted"]
+        dropped = word in flags  # and so is the value that follows
+    return kept
 
 
 def _wait(cluster: Cluster, store: str, verb: str, name: str, show: bool) -> int:
@@ -135,7 +153,7 @@ def _wait(cluster: Cluster, store: str, verb: str, name: str, show: bool) -> int
 
 
 @app.command()
-def wait(run: RunName, verb: Verb = "train", store: StoreUri = STORE, address: Address = None) -> None:
+def wait(run: ModelName, verb: Verb = "train", store: StoreUri = STORE, address: Address = None) -> None:
     """Wait for a job, and end as it does. Its code is 0, 2, 3 or 1, or 130 where it was stopped.
 
     Of `prepare`, --run is the data set's name.
@@ -147,7 +165,7 @@ def wait(run: RunName, verb: Verb = "train", store: StoreUri = STORE, address: A
 
 @app.command()
 def logs(
-    run: RunName,
+    run: ModelName,
     verb: Verb = "train",
     store: StoreUri = STORE,
     address: Address = None,

@@ -26,6 +26,15 @@ def checked_names(texts: list[str]) -> list[str]:
     return [checked_name(text) for text in texts]
 
 
+def model_names(texts: list[str]) -> list[str]:
+    return [model_name(text) for text in texts]
+
+
+def model_name(text: str) -> str:
+    """Of a run, or of an ensemble."""
+    return "+".join(checked_names(sorted(text.split("+"))))
+
+
 def checked_store(uri: str | None) -> str | None:
     """An empty one, as an unset variable of a shell leaves it, is neither the default nor this folder."""
     if uri == "":
@@ -47,6 +56,15 @@ StoreUri = Annotated[str, _STORE]
 OptionalStoreUri = Annotated[str | None, _STORE]
 DataName = Annotated[str, typer.Option("--data", callback=checked_name, help="Name of the data set.")]
 RunName = Annotated[str, typer.Option("--run", callback=checked_name, help="Name of the run.")]
+_RUNS = typer.Option(
+    "--run",
+    callback=lambda texts: checked_names(texts or []),
+    help="Name of the run; several are one model, their mean.",
+)
+RunNames = Annotated[list[str] | None, _RUNS]
+ModelName = Annotated[str, typer.Option("--run", callback=model_name, help="Name of the run, or A+B.")]
+RunsFile = Annotated[Path | None, typer.Option("--runs", help="Text file that names runs, one a line.")]
+NoPost = Annotated[bool, typer.Option("--no-post", help="Use no settings that fit-post recorded.")]
 Out = Annotated[Path, typer.Option("--out", parser=folder, metavar="FOLDER", help="For the results.")]
 SERIES_HELP = "One CT series of a folder: its number, as `ids` shows them, or its UID. Default: all."
 Series = Annotated[str | None, typer.Option("--series", help=SERIES_HELP)]
@@ -72,6 +90,20 @@ def read_recipe(
     recipe = load_recipe(file, overrides or [])
     log("settings").debug("all but defaults: %s", recipe.model_dump(mode="json", exclude_defaults=True))
     return recipe
+
+
+def read_runs(names: list[str], file: Path | None) -> list[str]:
+    """The names given, and those in the file. Raises ConfigError("runs-file", "runs-needed")."""
+    lines: list[str] = []
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines() if file else []
+    except (OSError, ValueError) as error:
+        remedy = f"give a text file with the name of a run in each line ({error})"
+        raise ConfigError("runs-file", file=file, remedy=remedy) from error
+    found = [*names, *checked_names([line.strip() for line in lines if line.strip()])]
+    if not found:
+        raise ConfigError("runs-needed", remedy="name one with --run, or several in the file of --runs")
+    return found
 
 
 def read_space(file: Path | None) -> list[str]:

@@ -108,10 +108,38 @@ def predict_scan(working: Volume, predict: Predictor, recipe: Recipe) -> Predict
     found = lungs if lungs.any() else None
     probability = predict_volume(
         predict, working.volume_hu, recipe.segment, lungs=found, multiple=recipe.model.total_stride
-    ).astype(np.float16)
-    tight = bounding_box((probability > 0) | (lungs > 0)) or (slice(0, 1),) * 3
+    )
+    return _cropped(probability, found, working.geometry)
+
+
+def _cropped(probability: np.ndarray, lungs: np.ndarray | None, geometry: Geometry) -> Prediction:
+    probability = probability.astype(np.float16)
+    something = probability > 0
+    if lungs is not None:
+        something |= lungs > 0
+    tight = bounding_box(something) or (slice(0, 1),) * 3
     box = _grown(tight, np.ones(3), probability.shape)  # interpolation reaches as far as the first zero
-    return Prediction(working.geometry.part(box), probability[box], None if found is None else found[box])
+    return Prediction(geometry.part(box), probability[box], None if lungs is None else lungs[box])
+
+
+def mean_prediction(predictions: Sequence[Prediction], working: Geometry) -> Prediction:
+    """The mean on the whole grid `working`, that of the first, as `segment_by_mean` forms it; the lungs are
+    those of the first."""
+    first = predictions[0]
+    if len(predictions) == 1:
+        return first
+    probability = np.zeros(working.shape_zyx, np.float32)
+    for one in predictions:
+        if one.geometry.spacing_mm == working.spacing_mm:
+            probability[one.box_in(working)] += one.probability
+        else:
+            probability += resample_onto(one.probability.astype(np.float32), one.geometry, working)
+    probability /= len(predictions)
+    lungs = None
+    if first.lungs is not None:
+        lungs = np.zeros(working.shape_zyx, np.uint8)
+        lungs[first.box_in(working)] = first.lungs
+    return _cropped(probability, lungs, working)
 
 
 def union(boxes: Sequence[Box]) -> Box:

@@ -130,6 +130,22 @@ def score_nodules(
     return tuple(scores)
 
 
+def diameters_mm(truth: Truth) -> list[tuple[Nodule, float]]:
+    """Every nodule that has voxels, with the `diameter_mm` that its score has."""
+    found = []
+    places = ndimage.find_objects(np.maximum(truth.numbers, 0))
+    for number, place in enumerate(places, 1):
+        if place is None:
+            continue
+        nodule = truth.nodules[number - 1]
+        diameter_mm = nodule.mean_reader_diameter_mm
+        if diameter_mm is None:
+            inside = truth.numbers[place] == number
+            diameter_mm = longest_axial_diameter_mm(inside, truth.geometry.part(place))
+        found.append((nodule, diameter_mm))
+    return found
+
+
 def _outline(mine: np.ndarray, theirs: np.ndarray, part: Geometry) -> Outline:
     voxel_mm3 = math.prod(part.spacing_mm)
     surfaces: SurfaceDistances = surface_distances(mine, theirs, part.spacing_mm)

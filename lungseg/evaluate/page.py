@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from lungseg.evaluate.report import HEADLINES, SEED_FIGURES, SEED_NOTE, show
+from lungseg.evaluate.report import HEADLINES, SEED_FIGURES, SEED_NOTE, notes, show
 from lungseg.show import page
 
 WIDTH, HEIGHT, MARGIN = 320, 240, 40
@@ -42,6 +42,7 @@ def render(tree: Mapping[str, Any], pictures: Sequence[Mapping[str, Any]]) -> st
         "report.html.j2",
         {"show": show},
         tree=tree,
+        notes=notes(tree),
         pictures=pictures,
         charts=[one for one in charts if one],
         headlines=HEADLINES,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,7 @@ def as_text(tree: Mapping[str, Any]) -> str:
         f"Evaluation of run {tree['run']} on split {tree['split']}: {len(tree['cases'])} scans, "
         f"{tree['patients']} patients, {tree['summary']['nodules']} nodules",
         f"{tree['software']}, {tree['created_utc']}, checkpoint {tree['checkpoint']}",
+        *("\n".join(textwrap.wrap(note, 100)) for note in notes(tree)),
         *(f"left out, could not be used: {one['case_id']} ({one['code']})" for one in tree["left_out"]),
         "",
         f"Masks on the scan's own grid; in brackets {intervals['level']:.0%} intervals over patients.",
@@ -84,6 +86,23 @@ def as_text(tree: Mapping[str, Any]) -> str:
         _cases(tree["cases"]),
     ]
     return "\n".join(parts) + "\n"
+
+
+def notes(tree: Mapping[str, Any]) -> list[str]:
+    """Whose mean it is, and where settings come from."""
+    found = [_of_members(tree)] if len(tree["members"]) > 1 else []
+    if tree["post"]:
+        flatters = ", which they therefore flatter" if tree["split"] == "val" else ""
+        found.append(f"{tree['post']['says']}{flatters}.")
+    return found
+
+
+def _of_members(tree: Mapping[str, Any]) -> str:
+    names = ", ".join(f"{one['run']} (checkpoint {one['checkpoint']})" for one in tree["members"])
+    least, most = tree["networks_a_scan"]
+    asked = str(most) if least == most else f"{least} to {most}"
+    few = "" if least == len(tree["members"]) else f"; a scan is scored by the {asked} that never saw it"
+    return f"The mean of {len(tree['members'])} networks: {names}{few}."
 
 
 def _figures(found: Mapping[str, Mapping[str, Any]], titles: Mapping[str, str]) -> str:
@@ -112,7 +131,7 @@ def _detection(detection: Mapping[str, Any]) -> str:
     lines = [
         table(["rule", *luna16["sensitivity"], "CPM"], rows),
         f"Candidates are ranked by segment.candidate_score={detection['score']}. CPM by each: {by_score}; "
-        "choose on val.",
+        "fit-post chooses on val.",
         f"One false positive a scan: candidates from {show(luna16['threshold_at_1_false_positive'])}.",
     ]
     return "\n".join(lines)

@@ -33,14 +33,18 @@ class StoredEvaluation:
 
 
 def newest_evaluation(store: Store, run: str, split: str) -> StoredEvaluation:
-    """Of whichever checkpoint. Raises DataError("evaluation-missing" or "evaluation-format")."""
-    root = keys.run_root(run)
+    """Of whichever checkpoint; `run` may name an ensemble.
+
+    Raises DataError("evaluation-missing" or "evaluation-format").
+    """
+    root = keys.model_root(run)
     found = [
         (name, item.key)
         for item in store.find(keys.evaluations(root))
         if (name := keys.report_of_split(root, item.key, split))
     ]
-    again = f"run `lungseg evaluate --run {run} --split {split}`"
+    flags = " ".join(f"--run {name}" for name in run.split("+"))
+    again = f"run `lungseg evaluate {flags} --split {split}`"
     if not found:
         raise DataError("evaluation-missing", run=run, split=split, remedy=again)
     _, key = max(found)

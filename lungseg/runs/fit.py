@@ -11,6 +11,8 @@ from lungseg.dataset.manifest import Manifest
 from lungseg.errors import ConfigError, DataError
 from lungseg.stream.order import steps_per_pass
 
+_NOT_OF_TRUTH = ("spacing_mm", "split", "patch", "shard")
+
 
 def on_data(recipe: Recipe, manifest: Manifest) -> Recipe:
     """The recipe with the settings that the data set was prepared with, which a network is bound to.
@@ -78,3 +80,13 @@ def require_same_splits(own: Manifest, other: Manifest) -> Manifest:
         remedy = "prepare the same scans with the same settings of data, and a version that keeps their truth"
         raise DataError("splits-differ", a=own.name, b=other.name, message=message, remedy=remedy)
     return other
+
+
+def require_same_scans(a: Manifest, b: Manifest) -> None:
+    """Raises DataError("splits-differ") unless both data sets hold the same scans with the same truth,
+    whatever the splits, the spacing and the patches: so do the folds of one cross-validation."""
+    scans = [{case for cases in one.cases.values() for case in cases} for one in (a, b)]
+    truths = [{k: v for k, v in one.config.items() if k not in _NOT_OF_TRUTH} for one in (a, b)]
+    if scans[0] != scans[1] or truths[0] != truths[1]:
+        remedy = "take runs on the same scans, prepared with the same settings but of splits and patches"
+        raise DataError("splits-differ", a=a.name, b=b.name, message="other scans or labels", remedy=remedy)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import cc3d
@@ -10,8 +11,8 @@ import numpy as np
 
 from lungseg.config import Recipe, SegmentConfig
 from lungseg.scan.lungs import lung_mask
-from lungseg.scan.resample import resample
-from lungseg.scan.volume import Geometry, Volume
+from lungseg.scan.resample import resample, resample_onto
+from lungseg.scan.volume import Geometry, Vector, Volume
 from lungseg.segment.candidates import find_candidates
 from lungseg.segment.postprocess import components
 from lungseg.segment.quantify import NoduleMeasurement, quantify
@@ -36,27 +37,48 @@ class Segmentation:
     warnings: tuple[str, ...] = ()
 
 
+Asked = tuple[Predictor, Recipe]
+"""A network, and the recipe that it was trained by."""
+
+
 def segment(
     predict: Predictor, volume: Volume, recipe: Recipe, progress: Callable[[int, int], None] | None = None
 ) -> Segmentation:
-    """Nodules of `volume`, found at the spacing that the network was trained at (`recipe.data.spacing_mm`).
+    """As `segment_by_mean`, by one network."""
+    return segment_by_mean([(predict, recipe)], volume, progress)
 
-    They are the components of the probability on that working grid, as `evaluate` counts them; each of them
-    is then taken to the scan's own grid, and measured, between voxels (see `quantify`). Where no lungs are
-    found, the whole scan is searched; that, and values that are no HU, are warned of.
+
+def segment_by_mean(
+    networks: Sequence[Asked], volume: Volume, progress: Callable[[int, int], None] | None = None
+) -> Segmentation:
+    """Nodules of `volume` by the mean probability of several networks, which agree on what is made of it.
+
+    Each network sees the scan at the spacing that it was trained at (`recipe.data.spacing_mm`), in its own
+    windows. The mean is formed on the finest of these working grids, linearly interpolated where they differ.
+    Nodules are its components there, as `evaluate` counts them; each of them is then taken to the scan's own
+    grid, and measured, between voxels (see `quantify`). Where no lungs are found, the whole scan is searched;
+    that, and values that are no HU, are warned of.
     """
-    config = recipe.segment
-    working = resample(volume, recipe.data.spacing_mm)
-    mask = lung_mask(working)
-    lungs = mask if mask.any() else None
-    probability = predict_volume(
-        predict,
-        working.volume_hu,
-        config,
-        lungs=lungs,
-        progress=progress,
-        multiple=recipe.model.total_stride,
-    )
+    config = networks[0][1].segment
+    spacings = {recipe.data.spacing_mm for _, recipe in networks}
+    grids = {spacing_mm: _on_grid(volume, spacing_mm) for spacing_mm in spacings}
+    working, lungs = grids[min(spacings, key=fineness)]
+    probability: np.ndarray | None = None
+    for number, (predict, recipe) in enumerate(networks):
+        seen, its_lungs = grids[recipe.data.spacing_mm]
+        said = predict_volume(
+            predict,
+            seen.volume_hu,
+            recipe.segment,
+            lungs=its_lungs,
+            progress=_part_of(progress, number, len(networks)),
+            multiple=recipe.model.total_stride,
+        )
+        if seen is not working:
+            said = resample_onto(said, seen.geometry, working.geometry)
+        probability = said if probability is None else np.add(probability, said, out=probability)
+    assert probability is not None  # there is a network
+    probability /= len(networks)
     found = components(probability, config, working.geometry.spacing_mm, lungs)
     confidence = confidences(found, probability, working.geometry, config, lungs)
     labels, nodules = quantify(found, probability, working.geometry, volume, config, lungs, confidence)
@@ -73,6 +95,24 @@ def segment(
         lungs,
         tuple(warnings),
     )
+
+
+def fineness(spacing_mm: Vector) -> tuple[float, Vector]:
+    """To sort working grids by, the finest first."""
+    return math.prod(spacing_mm), spacing_mm
+
+
+def _on_grid(volume: Volume, spacing_mm: Vector) -> tuple[Volume, np.ndarray | None]:
+    working = resample(volume, spacing_mm)
+    lungs = lung_mask(working)
+    return working, lungs if lungs.any() else None
+
+
+def _part_of(
+    progress: Callable[[int, int], None] | None, number: int, count: int
+) -> Callable[[int, int], None] | None:
+    """That of all networks, each taken to have as many windows as this one."""
+    return progress and (lambda done, total: progress(number * total + done, count * total))
 
 
 def confidences(

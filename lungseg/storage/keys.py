@@ -2,13 +2,14 @@
 
 Below the root URI lie data sets under `data/NAME/`, what `prepare` keeps of each scan under `scans/`, and
 runs under `runs/NAME/`. A trial of a sweep is a run of its own, below its sweep: both have a `root`, which
-the functions on runs take.
+the functions on runs take. What is said of several runs as one model lies under `ensembles/A+B/`.
 """
 
 from __future__ import annotations
 
 DATA, RUNS = "data/", "runs/"
 SCANS = "scans/"
+_ENSEMBLES = "ensembles/"
 _TRIALS = "/trials/"
 
 
@@ -68,6 +69,11 @@ def kept_held_out(stem: str) -> str:
 
 def run_root(run: str) -> str:
     return f"{RUNS}{run}"
+
+
+def model_root(name: str) -> str:
+    """Of one run, or of several whose names are joined by +, which no name of a run has."""
+    return f"{_ENSEMBLES}{name}" if "+" in name else run_root(name)
 
 
 def trial_root(root: str, trial: str) -> str:
@@ -130,6 +136,15 @@ def best(root: str) -> str:
 def best_model(root: str) -> str:
     """Stable, so that a plain S3 client can pull it."""
     return f"{root}/best/model.keras"
+
+
+def posts(root: str) -> str:
+    return f"{root}/post/"
+
+
+def post(root: str, checkpoint: str) -> str:
+    """The settings that `lungseg fit-post` chose for a checkpoint, or for those of an ensemble."""
+    return f"{posts(root)}{checkpoint}.json"
 
 
 def evaluations(root: str) -> str:

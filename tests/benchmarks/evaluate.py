@@ -30,7 +30,8 @@ from lungseg.dataset.case import Outlines
 from lungseg.dataset.manifest import load_manifest
 from lungseg.dataset.stored_scans import read_scan
 from lungseg.evaluate.kept import Prediction, keep
-from lungseg.evaluate.protocol import Task, evaluate_split
+from lungseg.evaluate.protocol import Scoring, evaluate_split
+from lungseg.evaluate.scans import Member, held_out
 from lungseg.runs.run import load_published
 from lungseg.storage import Store, keys, open_store
 
@@ -96,14 +97,14 @@ def measure(store: Store, what: str) -> None:
     manifest, model = load_manifest(store, "d"), load_published(store, "r")
     began, cpu = time.monotonic(), time.process_time()
     if what == "one scan":
-        result, _ = Task(store, manifest.held_out["test"][0], model, "test", no_network, False).run()
+        scan, *_ = held_out(store, [Member(model, manifest, no_network)], "test")
+        result, _ = Scoring(scan, model.recipe.segment, False).run()
         found = f"{result.components} components"
     else:
         other = replace(model, recipe=resegmented(model.recipe, ["segment.threshold=0.4"]))
         with tempfile.TemporaryDirectory() as out:
-            done = evaluate_split(
-                store, manifest, other, no_network, "test", Path(out), lambda *_: None, lambda *_: None
-            )
+            members = [Member(other, manifest, no_network)]
+            done = evaluate_split(store, members, "test", Path(out), lambda *_: None, lambda *_: None)
         found = f"{done.model['cases']} scans"
     seconds, cpu = time.monotonic() - began, time.process_time() - cpu
     peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

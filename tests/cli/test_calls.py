@@ -15,6 +15,7 @@ from helpers.painted import write_pairs
 
 from lungseg import cli
 from lungseg.cli.app import VERBS
+from lungseg.cli.jobs import _with_runs
 from lungseg.errors import StorageError
 from lungseg.storage import FolderStore
 from lungseg.telemetry import log
@@ -87,9 +88,10 @@ def test_without_arguments_there_is_help(
         ("prepare pairs", "--store --data --recipe --set --skip-broken"),
         ("train", "--store --data --run --recipe --set --resume --new"),
         ("tune", "--store --data --run --trials --minutes --recipe --space --set --resume"),
-        ("evaluate", "--store --run --split --data --out --set --baseline"),
+        ("fit-post", "--store --run --runs --by --data --set"),
+        ("evaluate", "--store --run --runs --no-post --split --data --out --set --baseline"),
         ("compare", "--store --run --split --out"),
-        ("predict", "--store --run --out"),
+        ("predict", "--store --run --runs --no-post --out"),
         ("submit", "--address --no-wait"),
         ("status", "--store --run --json"),
         ("logs", "--store --run --verb --address --follow"),
@@ -133,7 +135,13 @@ def test_every_verb_explains_its_flags(verb: str, flags: str, capsys: pytest.Cap
         ("compare --store s --run r", "runs-to-compare"),
         ("predict none other --store s --run r --out o", "input-missing"),
         ("predict --store s --run r --out o none", "input-missing"),
+        ("predict --store s --out o none", "runs-needed"),
+        ("evaluate --store s --out o --runs none.txt", "runs-file"),
+        ("evaluate --store s --out o --run a --run b", "run-missing"),
+        ("submit evaluate --store s --out o --run a --run b", "cluster-address"),
         ("submit train --store s --data d --run r", "cluster-address"),
+        ("fit-post --store s --run r", "run-missing"),
+        ("submit fit-post --store s --run r", "cluster-address"),
         ("submit demo", "verb-unknown"),
         ("submit prepare", "verb-unknown"),
         ("status --store s --run r", "store-missing"),
@@ -184,6 +192,14 @@ def test_documented_calls_get_as_far_as_their_first_missing_input(
 )
 def test_a_wrong_call_is_answered_by_name(line: str, said: str, refusal: Refusal) -> None:
     assert said in refusal(*line.split())
+
+
+def test_runs_that_a_file_names_go_along_to_a_cluster_as_flags(here: Path) -> None:
+    (here / "runs.txt").write_text("b\nc\n")
+    words = ["evaluate", "--run", "a", "--runs", "runs.txt", "--out", "o"]
+    given = {"runs": ["a"], "runs_file": Path("runs.txt")}
+    wanted = ["evaluate", "--run", "a", "--out", "o", "--run=b", "--run=c"]
+    assert _with_runs(words, given) == (wanted, ["a", "b", "c"])
 
 
 def test_wrong_settings_are_named_before_the_data_is_looked_for(here: Path, refusal: Refusal) -> None:

@@ -14,10 +14,12 @@ from helpers.ct_slices import OTHER, SECRETS, SERIES, write
 from helpers.networks import publish_untrained
 
 from lungseg import cli
+from lungseg.runs.post import Post, record_post
+from lungseg.runs.run import load_published
 from lungseg.scan.identity import case_id, case_key
 from lungseg.scan.volume import Geometry
 from lungseg.sources.phantom.write import write_series
-from lungseg.storage import open_store
+from lungseg.storage import keys, open_store
 
 Ended = tuple[int, list[str], list[str]]
 """Exit code, lines of standard output, lines of lungseg's own on standard error."""
@@ -27,15 +29,17 @@ Ended = tuple[int, list[str], list[str]]
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("store")
     opened = open_store(folder)
-    publish_untrained(opened, "r", write_balls(opened))
+    manifest = write_balls(opened)
+    for name in "rq":
+        publish_untrained(opened, name, manifest)
     return folder
 
 
 @pytest.fixture
 def predict(store: Path, here: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
-    def run(*words: str) -> Ended:
+    def run(*words: str, run: str = "r") -> Ended:
         with pytest.raises(SystemExit) as ended:
-            cli.main(["predict", *words, "--run", "r", "--store", str(store), "--out", "out"])
+            cli.main(["predict", *words, "--run", run, "--store", str(store), "--out", "out"])
         out, err = capfd.readouterr()
         return ended.value.code, out.splitlines(), [line for line in err.splitlines() if "lungseg: " in line]
 
@@ -82,6 +86,46 @@ def test_settings_of_segment_can_be_set_and_are_written_down_and_no_others(
         code, out, err = predict("P1/a.nii.gz", "--set", wrong)
         assert (code, out) == (2, [])
         assert told in err[0]
+
+
+def test_of_several_runs_the_mean_probability_is_taken(predict: Callable[..., Ended], here: Path) -> None:
+    noise = np.random.default_rng(0).integers(-1000, 200, (12, 14, 16)).astype(np.int16)
+    sitk.WriteImage(sitk.GetImageFromArray(noise), str(here / "a.nii.gz"))
+    (here / "runs.txt").write_text("q\n")
+    found = []
+    for flags in ([], ["--runs", "runs.txt"]):
+        assert predict("a.nii.gz", "--probability", *flags)[0] == 0
+        folder = here / "out" / id_of("a")
+        said = json.loads((folder / "nodules.json").read_text())
+        found.append((said, sitk.GetArrayFromImage(sitk.ReadImage(str(folder / "probability.nii.gz")))))
+    assert predict("a.nii.gz", "--probability", run="q")[0] == 0
+    other = sitk.GetArrayFromImage(sitk.ReadImage(str(folder / "probability.nii.gz")))
+    (_, one), (said, mean) = found
+    assert np.abs(one - other).max() > 1e-4
+    np.testing.assert_allclose(mean, (one + other) / 2, atol=1e-6)
+    assert said["run"] == "q+r"
+    assert said["checkpoint"].count("+") == 1
+    for flags, code in ((["--run", "r"], "runs-repeated"), (["--runs", "none.txt"], "runs-file")):
+        assert predict("a.nii.gz", *flags)[2][0].startswith(f"lungseg: {code}")
+    assert predict("a.nii.gz", "--run", "nosuch")[2][0].startswith("lungseg: run-missing")
+
+
+def test_what_fit_post_recorded_is_used_and_written_down_unless_it_is_to_be_ignored(
+    predict: Callable[..., Ended], here: Path, store: Path
+) -> None:
+    scan(here / "a.nii.gz")
+    opened = open_store(store)
+    model = load_published(opened, "q")
+    chosen = {"threshold": 0.01, "min_volume_mm3": 0.0, "lungs_only": False}
+    post = Post("q", model.checkpoint, "", "2026-01-01", "cpm", chosen, 9, ("c",), {}, {})
+    record_post(opened, keys.run_root("q"), post)
+    for flags, threshold in (([], 0.01), (["--no-post"], 0.5), (["--set", "segment.threshold=0.9"], 0.9)):
+        assert predict("a.nii.gz", *flags, run="q")[0] == 0
+        said = json.loads((here / "out" / id_of("a") / "nodules.json").read_text())
+        assert said["settings"]["threshold"] == threshold
+        assert said["settings"]["lungs_only"] == (flags == ["--no-post"])
+        assert (said["post"] is None) == (flags == ["--no-post"])
+    assert "fit-post chose on val, 2026-01-01" in said["post"]
 
 
 def test_dicom_is_written_on_request_to_a_folder_of_its_own(

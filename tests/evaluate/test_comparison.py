@@ -16,6 +16,7 @@ from lungseg.errors import DataError
 from lungseg.evaluate.bootstrap import resample
 from lungseg.evaluate.comparison import COMPARED, compare_evaluations
 from lungseg.evaluate.protocol import evaluate_split
+from lungseg.evaluate.scans import Member
 from lungseg.evaluate.stored import newest_evaluation, require_same_scans
 from lungseg.runs.run import load_run
 from lungseg.storage import Store, keys, open_store
@@ -53,9 +54,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     manifest, model = hold_out(opened, scans, MM, patients=[number // 2 for number in range(NODULES)])
     for run, predict in (("good", network), ("r", misses_every_third), ("loud", marks_too_much)):
         opened.put(keys.run(keys.run_root(run)), opened.get(keys.run(keys.run_root("r"))))
-        evaluate_split(
-            opened, manifest, replace(model, run=run), predict, "test", folder / run, lambda *_: None, refuse
-        )
+        members = [Member(replace(model, run=run), manifest, predict)]
+        evaluate_split(opened, members, "test", folder / run, lambda *_: None, refuse)
     return opened
 
 

@@ -22,6 +22,7 @@ from lungseg.dataset.case import LabelledScan, Outlines
 from lungseg.dataset.manifest import Manifest
 from lungseg.errors import ConfigError, DataError, LungsegError
 from lungseg.evaluate.protocol import Evaluation, evaluate_split
+from lungseg.evaluate.scans import Member
 from lungseg.runs.run import Published
 from lungseg.storage import Store, keys, open_store
 
@@ -84,7 +85,7 @@ def again(one: Evaluated, predict: Any, **settings: Any) -> Evaluated:
     model = replace(one.model, recipe=resegmented(one.model.recipe, overrides))
     refused: list[tuple[str, str]] = []
     result = evaluate_split(
-        one.store, one.manifest, model, predict, "test", one.out, lambda done, total: None,
+        one.store, [Member(model, one.manifest, predict)], "test", one.out, lambda done, total: None,
         lambda case_id, error: refused.append((case_id, error.code)),
     )  # fmt: skip
     return replace(one, result=result, refused=refused)

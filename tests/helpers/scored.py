@@ -14,7 +14,7 @@ from lungseg.config.stored import store_recipe
 from lungseg.dataset.case import LabelledScan, Nodule, Outlines
 from lungseg.dataset.cutting import to_grid
 from lungseg.dataset.manifest import Manifest, load_manifest
-from lungseg.dataset.stored_scans import StoredScan, write_scan
+from lungseg.dataset.stored_scans import StoredScan, StoredScanEntry, write_scan
 from lungseg.evaluate.kept import Prediction
 from lungseg.runs.checkpoint import Checkpoints
 from lungseg.runs.run import Published, Run, load_published
@@ -77,24 +77,42 @@ def network(windows: np.ndarray) -> np.ndarray:
 
 
 def hold_out(
-    store: Store, scans: Sequence[LabelledScan], spacing_mm: Spacing, patients: Sequence[int] = ()
+    store: Store,
+    scans: Sequence[LabelledScan],
+    spacing_mm: Spacing,
+    patients: Sequence[int] = (),
+    splits: Sequence[str] = (),
+    run: str = "r",
+    data: str = "d",
 ) -> tuple[Manifest, Published]:
-    """A data set with these scans to test, each of a patient of its own if not said otherwise, and the run
-    "r" on it, whose published checkpoint has no weights: to load them would fail."""
-    entries = []
+    """A data set with these scans, each of a patient of its own and to test if not said otherwise, and a run
+    on it, whose published checkpoint has no weights: to load them would fail."""
+    held: dict[str, list[StoredScanEntry]] = {}
+    cases: dict[str, list[str]] = {}
     for number, scan in enumerate(scans):
-        key = keys.held_out("d", "test", f"c{number}")
-        entry = write_scan(store, key, f"c{number}", to_grid(scan, spacing_mm))
-        entries.append(replace(entry, patient=patients[number] if patients else number))
+        split, case_id = splits[number] if splits else "test", f"c{number}"
+        cases.setdefault(split, []).append(case_id)
+        if split != "train":
+            key = keys.held_out(data, split, case_id)
+            entry = write_scan(store, key, case_id, to_grid(scan, spacing_mm))
+            entry = replace(entry, patient=patients[number] if patients else number)
+            held.setdefault(split, []).append(entry)
     recipe = Recipe.model_validate({"data": {"spacing_mm": spacing_mm}})
     config = recipe.data.model_dump(mode="json")
-    written = Manifest("d", "f", config, (16, 16, 16), {}, {"test": tuple(entries)}, {}, {}, ())
-    store.put(keys.data_manifest("d"), written.to_bytes())
-    manifest = load_manifest(store, "d")
-    tree = store_recipe(recipe)
-    root = keys.run_root("r")
-    store.put_json(keys.run(root), asdict(Run("r", "a", "d", manifest.sha256, tree, {}, "2026-01-01")))
-    state = TrainState("a", 3, 1, manifest.sha256, tree, data="d")
+    held_out = {split: tuple(entries) for split, entries in held.items()}
+    of_split = {split: tuple(names) for split, names in cases.items()} if splits else {}
+    written = Manifest(data, "f", config, (16, 16, 16), {}, held_out, of_split, {}, ())
+    store.put(keys.data_manifest(data), written.to_bytes())
+    manifest = load_manifest(store, data)
+    return manifest, publish(store, run, manifest, recipe)
+
+
+def publish(store: Store, run: str, manifest: Manifest, recipe: Recipe) -> Published:
+    tree, root = store_recipe(recipe), keys.run_root(run)
+    store.put_json(
+        keys.run(root), asdict(Run(run, "a", manifest.name, manifest.sha256, tree, {}, "2026-01-01"))
+    )
+    state = TrainState("a", 3, 1, manifest.sha256, tree, data=manifest.name)
     checkpoints = Checkpoints(store, root)
     checkpoints.publish_best(checkpoints.commit(state, {}, {}), state, b"not read here")
-    return manifest, load_published(store, "r")
+    return load_published(store, run)

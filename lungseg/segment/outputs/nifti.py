@@ -48,12 +48,14 @@ def write(
     scan: str,
     run: str,
     checkpoint: str,
+    post: str = "",
     with_probability: bool = False,
 ) -> None:
     """Write `folder`/nodules.nii.gz, whose values are the labels of `folder`/nodules.json, mask.nii.gz (1 in
     any nodule) and, if asked for, probability.nii.gz (float32, interpolated linearly); all or none of them.
 
-    None holds patient data. Earlier results of the same scan (see `identity.scan_id`) are replaced.
+    None holds patient data. Earlier results of the same scan (see `identity.scan_id`) are replaced. `post`
+    says where settings come from, if not from run and call.
     Raises as `require_own`, and DataError("output-unwritable").
     """
     folder = Path(folder)
@@ -67,7 +69,7 @@ def write(
         if with_probability:
             own = resample_onto(segmentation.probability, segmentation.working, grid)
             write_nifti(fresh / "probability.nii.gz", own, grid)
-        text = json.dumps(_describe(segmentation, scan, run, checkpoint), indent=2, allow_nan=False)
+        text = json.dumps(_describe(segmentation, scan, run, checkpoint, post), indent=2, allow_nan=False)
         (fresh / "nodules.json").write_text(text + "\n", encoding="utf-8")
 
 
@@ -100,7 +102,9 @@ def replaced(folder: Path) -> Iterator[Path]:
         shutil.rmtree(fresh, ignore_errors=True)
 
 
-def _describe(segmentation: Segmentation, scan: str, run: str, checkpoint: str) -> dict[str, object]:
+def _describe(
+    segmentation: Segmentation, scan: str, run: str, checkpoint: str, post: str
+) -> dict[str, object]:
     return {
         "disclaimer": DISCLAIMER,
         "software": f"lungseg {__version__}",
@@ -108,6 +112,7 @@ def _describe(segmentation: Segmentation, scan: str, run: str, checkpoint: str) 
         "run": run,
         "checkpoint": checkpoint,
         "settings": segmentation.config.model_dump(mode="json"),
+        "post": post or None,
         "spacing_mm_zyx": list(segmentation.geometry.spacing_mm),
         "working_spacing_mm_zyx": list(segmentation.working.spacing_mm),
         "lungs_found": segmentation.lungs is not None,
