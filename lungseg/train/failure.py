@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from lungseg.errors import LungsegError, RunError, StorageError
-from lungseg.train.job import LEFT
+from lungseg.train.job import DRAINS, LEFT
 
 _NODE_FULL = re.compile(
     r"Memory on the node \(IP: (?P<node>[^,)]+).*? was (?P<used>\S+) used / (?P<limit>\S+) limit"
@@ -17,6 +17,13 @@ def may_pass(error: LungsegError) -> bool:
     """Whether starting the workers again may help."""
     gone = error.code in (LEFT, "worker-died", "worker-out-of-memory")
     return gone or (isinstance(error, StorageError) and error.code != "store-full")
+
+
+def node_was_taken(error: BaseException) -> bool:
+    """Whether the worker left, or died, because its node was to go: on Kubernetes, its pod was deleted."""
+    ours = LungsegError.find_in(error)
+    died = getattr(error, "health_check_failure", error)
+    return ours.where.get("node") == DRAINS if ours else getattr(died, "preempted", False)
 
 
 def failure_of(rank: int | str, error: BaseException) -> LungsegError | None:
@@ -58,7 +65,8 @@ def cause_of(error: BaseException) -> BaseException:
     """What ended a training, among what Ray wrapped around it: an error of ours, else the first worker's."""
     workers: dict[int, BaseException] = getattr(error, "worker_failures", None) or {}
     ours = [failure_of(rank, one) for rank, one in workers.items()]
-    known = [one for one in (*ours, LungsegError.find_in(error), *workers.values()) if one]
+    raised = getattr(error, "controller_failure", None)  # by our own callback
+    known = [one for one in (*ours, LungsegError.find_in(error), *workers.values(), raised) if one]
     return known[0] if known else failure_of("controller", error) or error
 
 

@@ -14,6 +14,8 @@ from lungseg.storage import Store
 
 LEFT = "worker-asked-to-leave"
 """The code of the error by which a worker leaves once its state is committed."""
+DRAINS = "drains"
+"""Its `node`, where that was to be taken away from it."""
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from lungseg.runs.fit import check_fit, on_data
 from lungseg.runs.run import Mode, load_run, open_run, refuse_taken, run_exists
 from lungseg.storage import Store, keys
 from lungseg.telemetry import GROUP_METRICS, log, log_wait
-from lungseg.train.failure import cause_of, failure_of, last_line, may_pass
+from lungseg.train.failure import cause_of, failure_of, last_line, may_pass, node_was_taken
 from lungseg.train.job import LEFT, Job
-from lungseg.train.ready import ready_workers
+from lungseg.train.ready import missing_nodes_told, ready_workers
 from lungseg.train.resources import worker_resources
 from lungseg.train.stop import heed_signals, is_marked, unmarked
 from lungseg.train.worker import backend_config, work
@@ -85,6 +85,7 @@ def fit(
     with (
         tempfile.TemporaryDirectory(prefix="lungseg-ray-", ignore_cleanup_errors=True) as scratch,
         pushing(exporter, source, GROUP_METRICS, recipe.telemetry.push_seconds),
+        missing_nodes_told(recipe.train, resources),
     ):
         trainer = _trainer_class()(
             work,
@@ -107,7 +108,7 @@ def fit(
                 # Ray tells of each failure in pages, twice; what became of it is told by our own lines.
                 logging_config=LoggingConfig("INFO" if log("train").isEnabledFor(DEBUG) else "CRITICAL"),
                 storage_path=scratch,
-                failure_config=FailureConfig(max_failures=recipe.train.max_failures),
+                failure_config=FailureConfig(max_failures=-1),  # we count them ourselves
                 callbacks=[_watcher(recipe.train.max_failures, exporter, source), *callbacks],
             ),
         )
@@ -171,8 +172,9 @@ def source_of(root: str) -> Source:
 
 
 def _watcher(max_failures: int, exporter: Any | None, source: Source) -> Any:
-    """A callback of Ray Train that tells why workers failed, counts their restarts, and ends the run for
-    what no restart cures: our own errors, but for a store that may come back and a notice to leave."""
+    """A callback of Ray Train that tells why workers failed, counts their restarts, and ends the run after
+    too many, and for what no restart cures: our own errors, but for a store that may come back and a notice
+    to leave. That a node was taken away counts as no failure."""
     from ray.train import UserCallback
 
     class Watcher(UserCallback):
@@ -181,17 +183,21 @@ def _watcher(max_failures: int, exporter: Any | None, source: Source) -> Any:
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
             # Tune has ended a trial that it frees the workers of: they are not to be started again.
             stopped = is_marked("stop") or (source.trial and is_marked("stop", source.trial))
-            for rank, error in worker_exceptions.items():
-                ours = failure_of(rank, error)
-                if not (stopped and ours and ours.code == LEFT):
-                    log("train").warning("worker %d failed: %s", rank, ours or last_line(error))
+            taken = any(node_was_taken(error) for error in worker_exceptions.values())
+            known = {rank: failure_of(rank, error) for rank, error in worker_exceptions.items()}
+            for rank, ours in known.items():
+                if not ((stopped or taken) and ours and ours.code == LEFT):
+                    log("train").warning(
+                        "worker %d failed: %s", rank, ours or last_line(worker_exceptions[rank])
+                    )
                 if ours and (not may_pass(ours) or stopped):
                     raise ours
             if stopped:
                 remedy = "the same command with --resume goes on from the newest checkpoint"
                 raise RunError("stopped-uncommitted", message="a worker failed meanwhile", remedy=remedy)
-            self.failures += 1
-            if self.failures <= max_failures:
-                count_restart(exporter, source)
+            self.failures += not taken
+            if self.failures > max_failures:
+                raise next((one for one in known.values() if one), next(iter(worker_exceptions.values())))
+            count_restart(exporter, source)
 
     return Watcher()

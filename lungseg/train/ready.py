@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,6 +56,31 @@ def ready_workers(recipe: Recipe, source: Source) -> dict[str, int]:
         raise RunError("cluster-busy", message=f"no room for the workers in {minutes:g} min", remedy=remedy)
     log("train").warning("after %g min fewer nodes than planned are there: going on with these", minutes)
     return resources
+
+
+@contextmanager
+def missing_nodes_told(config: TrainConfig, resources: dict[str, int]) -> Iterator[None]:
+    """In the block, on a cluster, it is told whenever there are too few nodes for workers of these resources,
+    as after one has died."""
+    over = threading.Event()
+    settled = config.model_copy(update={"cpus_per_worker": resources["CPU"]})
+    thread = threading.Thread(target=_tell_missing, args=(settled, over), name="lungseg-nodes", daemon=True)
+    if on_a_cluster():
+        thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
+def _tell_missing(config: TrainConfig, over: threading.Event) -> None:
+    ray = connect()
+    while not over.wait(_LOOK_SECONDS):
+        with _told() as tell:
+            while (there := workers_there(config, ray.nodes(), ())) < config.workers:
+                tell(config.workers, there)
+                if over.wait(_LOOK_SECONDS):
+                    break
 
 
 def _can_hold(config: TrainConfig, nodes: list[Node]) -> bool:

@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import socket
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,9 +15,9 @@ from lungseg.errors import RunError
 from lungseg.exporter import pushing
 from lungseg.storage.base import DISK_FULL
 from lungseg.telemetry import WORKER_METRICS, log, log_wait, quiet_tensorflow
-from lungseg.train.job import LEFT, Job, Session
+from lungseg.train.job import DRAINS, LEFT, Job, Session
 from lungseg.train.notice import heed_sigterm, was_asked
-from lungseg.train.stop import clear_mark, is_marked, set_mark, watch_for_stop
+from lungseg.train.stop import clear_mark, set_mark, watch_for_stop
 
 _held: list[socket.socket] = []
 
@@ -81,6 +80,7 @@ def work(config: dict[str, Any]) -> None:
     """The body of a Ray Train worker. TensorFlow is first imported here, in its own process."""
     if not log("train").isEnabledFor(logging.DEBUG):
         os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # what its errors lead to is raised as well
+        logging.getLogger().setLevel(logging.WARNING)  # Ray tells of each epoch, and boto3 where it looked
     import ray.train
     from ray.train.collective import broadcast_from_rank_zero
 
@@ -147,13 +147,8 @@ def _drain() -> Any:
 
 
 def _leave(step: int) -> NoReturn:
-    """End this worker, so that its group is started again, if need be elsewhere.
-
-    On a node that drains it waits for Ray to end it: only so does Ray not count this as a failure.
-    """
-    notice = _drain()
-    if notice is not None and not is_marked("stop"):
-        until = (notice.deadline_ms or 0) / 1000 or time.time() + 120  # as long as Ray itself waits
-        time.sleep(max(0.0, until - time.time()) + 10)
+    """End this worker, so that its group is started again, if need be elsewhere. A node that drains goes as
+    soon as nobody works there, and whoever replaces it may come."""
+    where = {"node": DRAINS} if _drain() is not None else {}
     remedy = "start the same command again, with --resume"
-    raise RunError(LEFT, message=f"step {step} is committed", remedy=remedy)
+    raise RunError(LEFT, message=f"step {step} is committed", **where, remedy=remedy)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import pytest
-from ray.exceptions import OutOfMemoryError
+from ray.exceptions import ActorDiedError, OutOfMemoryError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
-from ray.train.v2.api.exceptions import WorkerGroupError
+from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
+from ray.train.v2.api.preemption import PreemptionInfo
 
 from lungseg.errors import RunError, StorageError
-from lungseg.train.failure import cause_of, failure_of, may_pass
+from lungseg.exporter import Source
+from lungseg.train.failure import cause_of, failure_of, may_pass, node_was_taken
+from lungseg.train.job import DRAINS, LEFT
+from lungseg.train.launch import _watcher
+from lungseg.train.worker import _leave
 
 RAY_SAYS = """1 worker(s) were killed due to the node running low on memory. 
 Memory on the node (IP: 10.0.0.7, ID: 41c3) was 1.52GB used / 1.56GB limit (0.974359), which exceeds the"""
@@ -44,6 +49,34 @@ def test_the_cause_of_a_group_is_ours_where_there_is_one_and_else_the_first_work
     assert cause_of(WorkerGroupError("pages", {0: theirs, 1: ours})) is ours
     assert cause_of(WorkerGroupError("pages", {0: theirs})) is theirs
     assert cause_of(theirs) is theirs
+
+
+def test_a_node_that_is_taken_away_costs_no_failure_and_workers_that_die_do_till_there_are_too_many() -> None:
+    watcher = _watcher(1, None, Source("r", "", ""))
+    left = RunError(LEFT, message="step 3 is committed", node=DRAINS, remedy="--resume")
+    died = unhealthy(RuntimeError(DIED))
+    taken = unhealthy(ActorDiedError())
+    taken.health_check_failure._preempted = True
+    for error in (left, taken, left, died, left):
+        watcher.after_exception(None, {0: error})
+    with pytest.raises(RunError, match="worker-died"):
+        watcher.after_exception(None, {0: ValueError("a peer is gone"), 1: died})
+    theirs = ValueError("shapes differ")
+    with pytest.raises(ValueError, match="shapes differ"):
+        _watcher(0, None, Source("r", "", "")).after_exception(None, {0: theirs})
+    assert cause_of(ControllerError(theirs)) is theirs
+
+
+def test_a_worker_leaves_a_node_that_drains_at_once_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    for drain, where in (
+        (None, {}),
+        (PreemptionInfo(deadline_ms=2**62, preempted_node_to_ranks={"n": [0]}), {"node": DRAINS}),
+    ):
+        monkeypatch.setattr("lungseg.train.worker._drain", lambda drain=drain: drain)
+        with pytest.raises(RunError, match="step 3 is committed") as caught:
+            _leave(3)
+        assert caught.value.where == where
+        assert node_was_taken(caught.value) == bool(where)
 
 
 def test_ray_may_end_its_controller_rather_than_a_worker() -> None:

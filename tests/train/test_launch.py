@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from random import Random
@@ -17,8 +18,11 @@ import pytest
 from helpers.scraping import Endpoint
 from helpers.train_watch import actors, assert_same_end, lines, train_workers
 
+from lungseg.config import load_recipe
 from lungseg.errors import ConfigError, RunError, StorageError
+from lungseg.telemetry import log
 from lungseg.train.launch import _watcher, source_of
+from lungseg.train.ready import missing_nodes_told
 from lungseg.train.worker import disk_has_room
 
 Moment = tuple[Callable[[set[str]], bool], signal.Signals]
@@ -195,3 +199,18 @@ def test_what_the_cluster_lacks_is_an_error_before_the_name_is_taken(
     with pytest.raises(ConfigError, match=code):
         balls.train("greedy", setting)
     assert not balls.store.exists("runs/greedy/run.json")
+
+
+def test_nodes_that_went_while_a_run_trains_are_told(
+    ray_cluster: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    monkeypatch.setattr("lungseg.train.ready._LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(log("train").parent, "propagate", True)
+    cores = int(ray_cluster.cluster_resources()["CPU"])
+    for workers in (cores, cores + 1):  # of one core each
+        config = load_recipe(None, [f"train.workers={workers}", f"train.global_batch={workers}"]).train
+        with missing_nodes_told(config, {"CPU": 1}):
+            time.sleep(0.2)
+        assert ("waiting for" in caplog.text) == (workers > cores)
+    assert f"waiting for {cores + 1} workers, {cores} are there, 0 s" in caplog.messages
