@@ -18,6 +18,7 @@ import boto3
 import pytest
 from botocore.config import Config
 from botocore.exceptions import ClientError
+from ray._private.ray_constants import RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S
 
 PLAIN = Config(
     request_checksum_calculation="when_required",
@@ -114,3 +115,12 @@ def test_nobody_else_may_read(store: tuple[str, dict[str, str]]) -> None:
         client(endpoint, secret["AWS_ACCESS_KEY_ID"], "guessed").list_buckets()
     with pytest.raises(urllib.error.HTTPError, match="403"):
         urllib.request.urlopen(f"{endpoint}/lungseg/runs/first/run.json", timeout=5)
+
+
+def test_it_serves_on_while_workers_of_the_same_drained_node_commit(
+    render: Callable[..., list[dict[str, Any]]],
+) -> None:
+    documents = render("lungseg", "--set=objectStore.bundled.enabled=true")
+    (pod,) = (one["spec"]["template"]["spec"] for one in documents if one["kind"] == "StatefulSet")
+    serves = pod["containers"][0]["lifecycle"]["preStop"]["sleep"]["seconds"]
+    assert RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S <= serves < pod["terminationGracePeriodSeconds"]
