@@ -61,8 +61,9 @@ class TuneConfig(Frozen):
         min_length=1,
         description="values of any setting of model, loss, augment, optimizer and train, by its name",
     )
-    sampler: Literal["tpe", "random"] = Field(
-        "tpe", description="tree-structured Parzen estimator, or random"
+    sampler: Literal["tpe", "gp", "cmaes", "random"] = Field(
+        "tpe",
+        description="tree-structured Parzen estimator, Gaussian process (needs torch), CMA-ES (numbers only)",
     )
     pruner: Literal["asha", "median", "none"] = Field("asha", description="which trials are stopped early")
     grace_epochs: int = Field(2, ge=1, description="no trial is stopped before")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, get_args
 
 from pydantic import BaseModel
@@ -31,8 +32,10 @@ _EACH_ALIKE = {
 
 
 def check_space(recipe: Recipe) -> None:
-    """Raises ConfigError("field-unknown", "space-field", "space-order"), and "field-invalid" for a value that
-    the setting itself refuses. What only certain combinations refuse is found when they are drawn."""
+    """Raises ConfigError("field-unknown", "space-field", "space-order", "sampler-space", "sampler-missing");
+    "field-invalid" for a value that the setting itself refuses. What only certain combinations refuse is
+    found when they are drawn.
+    """
     space, names = recipe.tune.space, field_names()
     for name, dimension in space.items():
         for one in (name, *dimension.when):
@@ -48,6 +51,23 @@ def check_space(recipe: Recipe) -> None:
                 if f"{error.where.get('field', '')}.".startswith(f"{name}."):
                     raise
     in_order(space)
+    _check_sampler(recipe)
+
+
+def _check_sampler(recipe: Recipe) -> None:
+    """Whether the sampler searches such a space as one, and its library is installed."""
+    sampler, space = recipe.tune.sampler, recipe.tune.space
+    dependent = [name for name, dimension in space.items() if dimension.when]
+    chosen = [name for name, dimension in space.items() if dimension.choice]
+    odd = {"cmaes": dependent + chosen, "gp": dependent}.get(sampler, [])
+    if odd or (sampler == "cmaes" and len(space) < 2):
+        numbers = "two or more settings with range or log, and no `when`"
+        takes = {"cmaes": numbers, "gp": "no `when`"}[sampler]
+        remedy = f"{sampler} takes {takes}; tpe searches any space"
+        raise ConfigError("sampler-space", sampler=sampler, fields=", ".join(odd or space), remedy=remedy)
+    if sampler == "gp" and find_spec("torch") is None:
+        remedy = "pip install torch, which Optuna's Gaussian process computes with, or search with tpe"
+        raise ConfigError("sampler-missing", sampler=sampler, message="torch is not installed", remedy=remedy)
 
 
 def in_order(space: Mapping[str, Dimension]) -> list[str]:

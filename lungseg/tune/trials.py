@@ -207,9 +207,13 @@ def _read(trial: FrozenTrial, seed: int) -> Trial:
 
 def _sampler(recipe: Recipe, start: int) -> optuna.samplers.BaseSampler:
     seed = recipe.train.seed + start
-    if recipe.tune.sampler == "random":
-        return optuna.samplers.RandomSampler(seed)
-    return optuna.samplers.TPESampler(seed=seed)
+    kind = {
+        "random": optuna.samplers.RandomSampler,
+        "gp": optuna.samplers.GPSampler,
+        "cmaes": optuna.samplers.CmaEsSampler,
+        "tpe": optuna.samplers.TPESampler,
+    }[recipe.tune.sampler]
+    return kind(seed=seed)
 
 
 def _pruner(recipe: Recipe) -> optuna.pruners.BasePruner:

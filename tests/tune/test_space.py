@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import optuna
 import pytest
 from hypothesis import given, settings
@@ -73,3 +75,31 @@ def test_a_space_that_cannot_be_searched_is_refused(dimension: str, code: str, t
     with pytest.raises(ConfigError, match=code) as caught:
         check_space(load_recipe(None, [f"tune.space.{dimension}"]))
     assert told in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "space", "code"),
+    [
+        ("cmaes", {"model.width": {"range": [8, 16]}, "optimizer.power": {"log": [0.1, 2]}}, None),
+        ("cmaes", {"model.width": {"range": [8, 16]}}, "sampler-space"),
+        ("cmaes", {"model.width": {"range": [8, 16]}, "model.depth": {"choice": [2, 3]}}, "sampler-space"),
+        ("gp", {"loss.focal_gamma": {"range": [1, 4], "when": {"loss.name": "focal"}}}, "sampler-space"),
+    ],
+)
+def test_a_sampler_is_given_only_what_it_can_search(
+    sampler: str, space: dict[str, object], code: str | None
+) -> None:
+    recipe = parse_recipe({"tune": {"sampler": sampler, "space": space}})
+    if code is None:
+        return check_space(recipe)
+    with pytest.raises(ConfigError, match=f"{code}.*tpe searches any space"):
+        check_space(recipe)
+
+
+def test_a_gaussian_process_is_refused_where_its_library_is_not_installed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe = parse_recipe({"tune": {"sampler": "gp", "space": {"model.width": {"range": [8, 16]}}}})
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(ConfigError, match=r"sampler-missing.*pip install torch"):
+        check_space(recipe)
