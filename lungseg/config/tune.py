@@ -68,7 +68,9 @@ class TuneConfig(Frozen):
     pruner: Literal["asha", "median", "none"] = Field("asha", description="which trials are stopped early")
     grace_epochs: int = Field(2, ge=1, description="no trial is stopped before")
     reduction_factor: int = Field(3, ge=2, description="ASHA goes on with one trial in so many")
-    concurrent_trials: int | None = Field(None, ge=1, description="default: what the cluster can place")
+    concurrent_trials: int | None = Field(
+        None, ge=1, description="default: what the cluster can place; cores are shared out evenly"
+    )
     retries: int = Field(1, ge=0, description="how often a trial that failed goes on from its checkpoint")
     seeds: int = Field(1, ge=1, description="seeds of which each of the best trials must be good on average")
     seeds_best: int = Field(3, ge=1, description="how many of the best trials are repeated with other seeds")

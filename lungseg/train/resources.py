@@ -62,6 +62,24 @@ def worker_resources(config: TrainConfig, nodes: Sequence[Node]) -> dict[str, in
     )
 
 
+def trial_resources(
+    config: TrainConfig, nodes: Sequence[Node], trials: int | None = None
+) -> tuple[dict[str, int], int]:
+    """What each worker of a sweep's trial is given, and how many trials run at once: `trials`, or as many as
+    there is room for.
+
+    Beside GPUs, or where the trials are given, and no `cpus_per_worker` is, the cores are shared out evenly:
+    one that took all cores of its node would leave the node's other GPUs idle. Raises what `worker_resources`
+    raises.
+    """
+    each, workers = worker_resources(config, nodes), config.workers
+    if config.cpus_per_worker is None and (config.gpus_per_worker or trials):
+        wanted = workers * (trials or _places(config, nodes, 1) // workers)
+        shares = (cores for cores in range(each["CPU"], 0, -1) if _places(config, nodes, cores) >= wanted)
+        each["CPU"] = next(shares, 1)
+    return each, trials or max(1, _places(config, nodes, each["CPU"]) // workers)
+
+
 def workers_there(config: TrainConfig, nodes: Sequence[Node], planned: Sequence[Node]) -> int:
     """How many of the workers these nodes can hold, spread as over the planned ones."""
     workers, cores, most = config.workers, config.cpus_per_worker or 1, config.workers

@@ -23,7 +23,7 @@ from lungseg.storage import Store, keys
 from lungseg.telemetry import log
 from lungseg.train.launch import fit, source_of
 from lungseg.train.ready import ready_workers
-from lungseg.train.resources import worker_resources
+from lungseg.train.resources import trial_resources
 from lungseg.train.stop import set_mark
 from lungseg.tune.page import render
 from lungseg.tune.promote import drop_losers, promote, winner
@@ -120,20 +120,19 @@ class _Sweep:
         from ray import tune as ray_tune
 
         config, train = self.recipe.tune, self.recipe.train
-        each, there = worker_resources(train, ray.nodes()), ray.cluster_resources()
-        fits = min(int(there.get(kind, 0)) // (train.workers * share) for kind, share in each.items())
+        each, at_once = trial_resources(train, ray.nodes(), config.concurrent_trials)
         suggest, prune, record = _for_ray(self)
         with tempfile.TemporaryDirectory(prefix="lungseg-tune-", ignore_cleanup_errors=True) as scratch:
             tuner = ray_tune.Tuner(
                 # The trial only waits for its workers, which hold the cores; Tune wants it to ask for more.
-                ray_tune.with_resources(self._trial(), {"CPU": 0, "memory": 1 << 20}),
+                ray_tune.with_resources(self._trial(each), {"CPU": 0, "memory": 1 << 20}),
                 tune_config=ray_tune.TuneConfig(
                     metric="val_dice",
                     mode="max",
                     num_samples=count,
                     search_alg=suggest,
                     scheduler=prune,
-                    max_concurrent_trials=config.concurrent_trials or max(1, fits),
+                    max_concurrent_trials=at_once,
                     time_budget_s=None if minutes is None else 60 * minutes,
                 ),
                 run_config=ray_tune.RunConfig(
@@ -157,8 +156,9 @@ class _Sweep:
             # One trial may diverge or run out of memory: that is a result, unless there is no other.
             self.error = self.error or LungsegError.find_in(failure)
 
-    def _trial(self) -> Any:
-        """What a trial's own process runs; the driver's part of the sweep stays here."""
+    def _trial(self, resources: dict[str, int]) -> Any:
+        """What a trial's own process runs, with `resources` for each of its workers; the driver's part of the
+        sweep stays here."""
         store, root, attempt = self.store, self.root, self.attempt
         manifest, recipe = self.manifest, self.recipe
 
@@ -173,6 +173,7 @@ class _Sweep:
                 manifest,
                 chosen,
                 [TuneReportCallback()],
+                resources=resources,
             )
 
         return trial

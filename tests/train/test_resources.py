@@ -6,7 +6,7 @@ import pytest
 
 from lungseg.config import load_recipe
 from lungseg.errors import ConfigError
-from lungseg.train.resources import planned_nodes, worker_resources, workers_there
+from lungseg.train.resources import planned_nodes, trial_resources, worker_resources, workers_there
 
 
 @pytest.mark.parametrize(
@@ -68,6 +68,29 @@ def test_gpus_that_no_node_has_are_refused_and_cores_are_those_beside_them(
             worker_resources(config, listed)
     else:
         assert worker_resources(config, listed) == {"CPU": given, "GPU": gpus}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "settings", "trials", "given", "at_once"),
+    [
+        ([(32, 4), (32, 4)], ["train.gpus_per_worker=1"], None, 8, 8),
+        ([(2, 0), (32, 4), (32, 4)], ["train.gpus_per_worker=1"], None, 8, 8),  # with the head
+        ([(32, 4), (32, 4)], ["train.gpus_per_worker=3"], None, 32, 2),  # a worker is on one node
+        ([(32, 4), (32, 4)], ["train.gpus_per_worker=4", "train.workers=2"], None, 32, 1),
+        ([(32, 4), (32, 4)], ["train.gpus_per_worker=1", "train.cpus_per_worker=16"], None, 16, 4),
+        ([(32, 4)], ["train.gpus_per_worker=1"], 2, 16, 2),
+        ([(8, 0), (8, 0)], [], None, 8, 2),
+        ([(8, 0), (8, 0)], [], 4, 4, 4),
+        ([(2, 0)], [], 4, 1, 4),  # more than there is room for: the others wait
+    ],
+)
+def test_trials_share_the_nodes_gpus_and_the_cores_beside_them(
+    nodes: list[tuple[int, int]], settings: list[str], trials: int | None, given: int, at_once: int
+) -> None:
+    config = load_recipe(None, ["train.global_batch=24", *settings]).train
+    listed = [{"Alive": True, "Resources": {"CPU": float(c), "GPU": float(g)}} for c, g in nodes]
+    each, count = trial_resources(config, listed, trials)
+    assert (each["CPU"], count) == (given, at_once)
 
 
 @pytest.mark.parametrize(
