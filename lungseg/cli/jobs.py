@@ -11,7 +11,15 @@ from typer.core import TyperGroup
 
 from lungseg.cli.app import app
 from lungseg.cli.ends import INTERRUPTED, end
-from lungseg.cli.options import STORE, ModelName, StoreUri, checked_name, read_recipe, read_runs, read_space
+from lungseg.cli.options import (
+    STORE,
+    ModelName,
+    StoreUri,
+    checked_if_given,
+    read_recipe,
+    read_runs,
+    read_space,
+)
 from lungseg.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -25,11 +33,7 @@ _VERB = "What to run: train, tune, fit-post, evaluate, prepare lidc or prepare p
 Verb = Annotated[str, typer.Option("--verb", help=f"One of {', '.join(_VERBS)}.")]
 
 
-def _checked(name: str | None) -> str | None:
-    return name and checked_name(name)
-
-
-_RUN = typer.Option("--run", callback=_checked, help="Name of a run. Default: all.")
+_RUN = typer.Option("--run", callback=checked_if_given, help="Name of a run. Default: all.")
 
 
 @app.command()

@@ -22,6 +22,10 @@ def checked_name(text: str) -> str:
     return text
 
 
+def checked_if_given(text: str | None) -> str | None:
+    return text and checked_name(text)
+
+
 def checked_names(texts: list[str]) -> list[str]:
     return [checked_name(text) for text in texts]
 

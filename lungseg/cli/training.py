@@ -17,6 +17,7 @@ from lungseg.cli.options import (
     RunName,
     StoreUri,
     Submitted,
+    checked_if_given,
     read_recipe,
     read_space,
 )
@@ -62,6 +63,10 @@ def tune(
     space: Annotated[Path | None, typer.Option("--space", help="YAML file of tune.space.")] = None,
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the sweep of this name.")] = False,
+    warm_start: Annotated[
+        str | None,
+        typer.Option("--warm-start", callback=checked_if_given, help="Learn from this earlier sweep."),
+    ] = None,
     submitted: Submitted = False,
 ) -> None:
     """Search settings (tune.space). The best trial becomes the run's best."""
@@ -73,7 +78,7 @@ def tune(
     stored = (store, keys.submitted(keys.run_root(run))) if submitted else None
     settings = read_recipe(recipe, [*read_space(space), *(overrides or [])], stored)
     mode: Mode = "resume" if resume else "fresh"
-    rows = search(open_store(store), data, run, settings, trials, mode, minutes)
+    rows = search(open_store(store), data, run, settings, trials, mode, minutes, warm_start)
     header = ("trial", "state", "val Dice", "epochs", "minutes", "seed", "settings")
     cells = [
         (

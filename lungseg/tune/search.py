@@ -25,6 +25,7 @@ from lungseg.train.launch import fit, source_of
 from lungseg.train.ready import ready_workers
 from lungseg.train.resources import trial_resources
 from lungseg.train.stop import set_mark
+from lungseg.tune.earlier import earlier_trials
 from lungseg.tune.page import render
 from lungseg.tune.promote import drop_losers, promote, winner
 from lungseg.tune.space import check_space, with_values
@@ -42,12 +43,15 @@ def tune(
     trials: int | None,
     mode: Mode = "fresh",
     minutes: float | None = None,
+    warm_start: str | None = None,
 ) -> list[Trial]:
     """Search until `trials` have ended or `minutes` are over, repeat the best with `tune.seeds`, and return
-    all trials, best first. The best one's checkpoint is the run's best from its end on.
+    all trials, best first. The best one's checkpoint is the run's best from its end on. What the sweep
+    `warm_start` has found is known from the begin.
 
     "resume" goes on with a sweep: interrupted trials from their newest checkpoint, then new ones. Raises what
-    `train` and `check_space` raise, RunError("no-trial"), RunError("run-differs") for another space.
+    `train`, `check_space` and `earlier_trials` raise, RunError("no-trial"), and RunError("run-differs") for
+    another space.
     """
     await_store(store.check, recipe.train.wait_minutes)
     manifest = load_manifest(store, data)
@@ -56,16 +60,18 @@ def tune(
     _refuse_other_space(store, run, recipe, mode)
     check_fit(manifest, recipe, "tune")
     check_space(recipe)
+    earlier = earlier_trials(store, warm_start, manifest, recipe) if warm_start else []
     root = keys.run_root(run)
     ready_workers(recipe, source_of(root))  # a run that cannot start must not claim the name
     attempt = open_run(store, run, manifest, recipe, mode, kind="tune").attempt
     with tempfile.TemporaryDirectory(prefix="lungseg-tune-", ignore_cleanup_errors=True) as folder:
         sweep = _Sweep(store, root, attempt, manifest, recipe, Path(folder))
+        sweep.trials.learn(earlier)
         sweep.settle()
         sweep.run(sweep.trials.to_come(trials or _AS_MANY_AS_FIT), minutes)
         if recipe.tune.seeds > 1:
             sweep.run(sweep.trials.repeat_best(), None)
-        found = sorted(sweep.trials.all(), key=by_score)
+        found = sorted((t for t in sweep.trials.all() if t.state != "earlier"), key=by_score)
     if winner(found) is None:
         if sweep.error:
             raise sweep.error

@@ -15,7 +15,7 @@ from lungseg.config.tune import Dimension
 from lungseg.errors import ConfigError
 
 if TYPE_CHECKING:
-    from optuna.trial import Trial
+    from optuna.trial import BaseTrial
 
 SEARCHED = ("model", "loss", "augment", "optimizer", "train")
 _EACH_ALIKE = {
@@ -87,7 +87,7 @@ def in_order(space: Mapping[str, Dimension]) -> list[str]:
     return done
 
 
-def draw(trial: Trial, recipe: Recipe) -> dict[str, Any]:
+def draw(trial: BaseTrial, recipe: Recipe) -> dict[str, Any]:
     """A trial's settings; one whose `when` is not met is left out, and so as the recipe has it."""
     values: dict[str, Any] = {}
     for name in in_order(recipe.tune.space):
@@ -95,6 +95,11 @@ def draw(trial: Trial, recipe: Recipe) -> dict[str, Any]:
         if all(_met(recipe, values, parent, wanted) for parent, wanted in dimension.when.items()):
             values[name] = _suggest(trial, name, dimension)
     return values
+
+
+def as_parameters(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A trial's settings as Optuna has them, whose choices are scalars: a list goes as its JSON."""
+    return {name: value if _is_scalar(value) else json.dumps(value) for name, value in values.items()}
 
 
 def with_values(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
@@ -126,10 +131,9 @@ def _value(recipe: Recipe, name: str) -> Any:
     return value
 
 
-def _suggest(trial: Trial, name: str, dimension: Dimension) -> Any:
+def _suggest(trial: BaseTrial, name: str, dimension: Dimension) -> Any:
     if dimension.choice:
-        # Optuna's choices are scalars: a list goes as its JSON.
-        options = {one if _is_scalar(one) else json.dumps(one): one for one in dimension.choice}
+        options = {as_parameters({name: one})[name]: one for one in dimension.choice}
         return options[trial.suggest_categorical(name, list(options))]
     low, high = dimension.ends
     if _is_whole(name):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,8 @@ _DRAWS = 100
 class Trial:
     """One trial: `values` are its settings, `seed` the one that it trains with.
 
-    `state` is waiting (to be repeated with another seed), running, complete, pruned (stopped early) or fail.
+    `state` is waiting (to be repeated with another seed), running, complete, pruned (stopped early), fail, or
+    earlier: of another sweep, whose trial `error` names.
     `curve` is the validation Dice of each epoch it had, `val_dice` the best of them, None before the first.
     `seconds` were spent by its workers; `error` says why it failed.
     """
@@ -79,6 +80,12 @@ class Trials:
         waits = [t for t in self._frozen() if t.state == TrialState.RUNNING]
         self._interrupted = [optuna.Trial(self._study, t._trial_id) for t in waits]
         self._live: dict[int, optuna.Trial] = {}
+
+    def learn(self, earlier: Sequence[FrozenTrial]) -> None:
+        """Take trials of other sweeps for known; a sweep that goes on has done so already."""
+        if not self._frozen():
+            self._study.add_trials(earlier)
+            self._write()
 
     def all(self) -> list[Trial]:
         return [_read(trial, self._recipe.train.seed) for trial in self._frozen()]
@@ -194,13 +201,13 @@ def _read(trial: FrozenTrial, seed: int) -> Trial:
     attributes, curve = trial.user_attrs, trial.intermediate_values
     return Trial(
         number=trial.number,
-        state=trial.state.name.lower(),
+        state="earlier" if "earlier" in attributes else trial.state.name.lower(),
         values=attributes.get("values", {}),
         seed=attributes.get("seed", seed),
         repeats=attributes.get("repeats", False),
         val_dice=max(curve.values(), default=None),
         seconds=attributes.get("seconds", 0.0),
-        error=attributes.get("error", ""),
+        error=attributes.get("error", attributes.get("earlier", "")),
         curve=dict(curve),
     )
 

@@ -87,7 +87,7 @@ def test_without_arguments_there_is_help(
         ("prepare lidc", "--store --data --recipe --set --skip-broken"),
         ("prepare pairs", "--store --data --recipe --set --skip-broken"),
         ("train", "--store --data --run --recipe --set --resume --new"),
-        ("tune", "--store --data --run --trials --minutes --recipe --space --set --resume"),
+        ("tune", "--store --data --run --trials --minutes --recipe --space --set --resume --warm-start"),
         ("fit-post", "--store --run --runs --by --data --set"),
         ("evaluate", "--store --run --runs --no-post --split --data --out --set --baseline"),
         ("compare", "--store --run --split --out"),

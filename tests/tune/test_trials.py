@@ -6,10 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+from helpers.balls import write_balls
 
 from lungseg.config import Recipe, load_recipe
 from lungseg.errors import ConfigError, RunError
+from lungseg.runs.run import open_run
 from lungseg.storage import FolderStore
+from lungseg.tune.earlier import earlier_trials
 from lungseg.tune.promote import winner
 from lungseg.tune.trials import Trials
 
@@ -132,3 +135,46 @@ def test_the_best_are_repeated_with_other_seeds_and_the_best_mean_wins(tmp_path:
     assert later.repeat_best() == 0
     assert later.to_come(3) == 0
     assert winner(later.all()) == later.all()[steady]
+
+
+def test_cma_es_draws_from_what_it_has_seen(tmp_path: Path) -> None:
+    """After its first population the draws gather where the scores are high."""
+    space = "tune.space={loss.focal_gamma: {range: [0.0, 5.0]}, optimizer.power: {range: [0.1, 2.0]}}"
+    trials = opened(tmp_path, space, "tune.sampler=cmaes", "tune.pruner=none")
+    for _ in range(36):
+        trial = trials.begin(fine)
+        away = abs(trial.values["loss.focal_gamma"] - 2.0) + abs(trial.values["optimizer.power"] - 1.0)
+        trials.report(trial.number, 1, 1.0 - away / 10, 60.0)
+        trials.end(trial.number, "complete")
+    dices = [trial.val_dice or 0.0 for trial in trials.all()]
+    assert sum(dices[-12:]) > sum(dices[:12])
+
+
+def test_a_sweep_begins_with_what_an_earlier_one_has_found(tmp_path: Path) -> None:
+    store = FolderStore(tmp_path / "store")
+    manifest = write_balls(store)
+    open_run(store, "sweep", manifest, load_recipe(None, [*SETTINGS, "model.depth=2"]), "fresh", kind="tune")
+    old = opened(tmp_path, "tune.pruner=none")
+    for dice in (0.1, 0.2, 0.3, 0.4):
+        run(old, dice)
+    failed = old.begin(fine)
+    old.end(failed.number, "fail", "loss-not-finite")
+    inside = [t for t in old.all() if t.ended and t.values["model.depth"] == 2]
+    recipe = load_recipe(None, [*SETTINGS, "tune.space.model.depth={choice: [2, 4]}"])
+    known = earlier_trials(store, "sweep", manifest, recipe)
+    assert [trial.user_attrs["values"] for trial in known] == [trial.values for trial in inside]
+    (tmp_path / "work").mkdir()
+    new = Trials(store, "runs/new", recipe, tmp_path / "work")
+    new.learn(known)
+    new.learn(known)  # as by --resume
+    assert [(t.state, t.val_dice) for t in new.all()] == [("earlier", t.val_dice) for t in inside]
+    assert (winner(new.all()), new.to_come(3), new.repeat_best()) == (None, 3, 0)
+    assert new.begin(fine).number == len(inside)
+    for other in (
+        "tune.space={loss.focal_gamma: {range: [1, 2]}}",
+        "tune.space.model.width={range: [65, 66]}",
+    ):
+        with pytest.raises(RunError, match=r"warm-start-differs.*none of its 5 trials"):
+            earlier_trials(store, "sweep", manifest, load_recipe(None, [*SETTINGS[1:], other]))
+    with pytest.raises(RunError, match=r"warm-start-differs.*searched on balls"):
+        earlier_trials(store, "sweep", write_balls(store, train=6), recipe)
