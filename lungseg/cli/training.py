@@ -72,6 +72,7 @@ def tune(
     """Search settings (tune.space). The best trial becomes the run's best."""
     from lungseg.storage import keys, open_store
     from lungseg.tune.search import tune as search
+    from lungseg.tune.table import HEADER, cells
 
     if trials is None and minutes is None:
         raise ConfigError("budget-missing", remedy="give --trials, --minutes or both")
@@ -79,25 +80,8 @@ def tune(
     settings = read_recipe(recipe, [*read_space(space), *(overrides or [])], stored)
     mode: Mode = "resume" if resume else "fresh"
     rows = search(open_store(store), data, run, settings, trials, mode, minutes, warm_start)
-    header = ("trial", "state", "val Dice", "epochs", "minutes", "seed", "settings")
-    cells = [
-        (
-            row.name,
-            row.state,
-            "-" if row.val_dice is None else f"{row.val_dice:.4f}",
-            str(len(row.curve)),
-            f"{row.seconds / 60:.1f}",
-            str(row.seed),
-            row.error or " ".join(f"{name}={_short(value)}" for name, value in row.values.items()),
-        )
-        for row in rows
-    ]
-    print(table(header, cells))
+    print(table(HEADER, [cells(row) for row in rows]))
     print(f"get the best with: lungseg pull --store {store} --run {run} --out DIR")
-
-
-def _short(value: object) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 @app.command()

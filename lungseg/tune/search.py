@@ -7,7 +7,9 @@ places trials, watches them and starts again what failed.
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from lungseg.tune.earlier import earlier_trials
 from lungseg.tune.page import render
 from lungseg.tune.promote import drop_losers, promote, winner
 from lungseg.tune.space import check_space, with_values
+from lungseg.tune.table import live
 from lungseg.tune.trials import Trial, Trials, by_score
 
 _log = log("tune")
@@ -66,12 +69,13 @@ def tune(
     attempt = open_run(store, run, manifest, recipe, mode, kind="tune").attempt
     with tempfile.TemporaryDirectory(prefix="lungseg-tune-", ignore_cleanup_errors=True) as folder:
         sweep = _Sweep(store, root, attempt, manifest, recipe, Path(folder))
-        sweep.trials.learn(earlier)
-        sweep.settle()
-        sweep.run(sweep.trials.to_come(trials or _AS_MANY_AS_FIT), minutes)
-        if recipe.tune.seeds > 1:
-            sweep.run(sweep.trials.repeat_best(), None)
-        found = sorted((t for t in sweep.trials.all() if t.state != "earlier"), key=by_score)
+        with live(sys.stderr) as sweep.show:
+            sweep.trials.learn(earlier)
+            sweep.settle()
+            sweep.run(sweep.trials.to_come(trials or _AS_MANY_AS_FIT), minutes)
+            if recipe.tune.seeds > 1:
+                sweep.run(sweep.trials.repeat_best(), None)
+            found = sorted((t for t in sweep.trials.all() if t.state != "earlier"), key=by_score)
     if winner(found) is None:
         if sweep.error:
             raise sweep.error
@@ -99,6 +103,7 @@ class _Sweep:
         self.trials = Trials(store, root, recipe, folder)
         self.error: LungsegError | None = None
         self._published: Trial | None = None
+        self.show: Callable[[Sequence[Trial]], None] = lambda trials: None
 
     def settle(self) -> None:
         """End the trials that were interrupted, and whose workers lived on to the last epoch."""
@@ -187,6 +192,7 @@ class _Sweep:
     def begin(self) -> dict[str, str]:
         """The next trial, as Tune hands it to its process."""
         trial = self.trials.begin(lambda recipe: check_fit(self.manifest, recipe, "tune"))
+        self.show(self.trials.all())
         shown = ", ".join(f"{name} {value}" for name, value in trial.values.items())
         _log.info("trial %s begins: %s", trial.name, shown)
         return {"trial": trial.name, "values": json.dumps({**trial.values, "train.seed": trial.seed})}
@@ -194,6 +200,7 @@ class _Sweep:
     def end(self, number: int, state: str, error: str = "") -> None:
         """Keep how a trial ended, publish the best so far, and drop what no longer counts."""
         trial, everything = self.trials.end(number, state, error), self.trials.all()
+        self.show(everything)
         best = winner(everything)
         dice = "no epoch" if trial.val_dice is None else f"val Dice {trial.val_dice:.4f}"
         leads = f"; best: trial {best.name}, {best.val_dice:.4f}" if best else ""
@@ -231,6 +238,7 @@ def _for_ray(sweep: _Sweep) -> tuple[Any, Any, Any]:
         def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
             epoch = int(result["epoch"])
             on = sweep.trials.report(_number(trial), epoch, result["val_dice"], result["seconds"])
+            sweep.show(sweep.trials.all())
             if on or epoch >= sweep.recipe.train.epochs:
                 return self.CONTINUE
             stopped.add(_number(trial))
