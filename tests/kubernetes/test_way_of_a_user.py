@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 import re
 import subprocess
 import sys
@@ -14,49 +13,12 @@ from typing import Any
 
 import boto3
 import pytest
-import yaml
 from helpers.kubernetes import Namespace, wait
-from helpers.painted import write_pairs
+from helpers.release import PREPARE, install, reached, run_job, write_values
 
 # The first test's seconds are also those of the image: a quarter of an hour on a busy machine.
 pytestmark = [pytest.mark.kubernetes, pytest.mark.xdist_group("kubernetes"), pytest.mark.timeout(2400)]
-VALUES = """
-head: {cpu: 500m, memory: 3Gi}
-workers: [{name: cpu, replicas: 2, cpu: 1, memory: 3Gi}]
-objectStore: {bundled: {enabled: true, cpu: 200m, memory: 1Gi, size: 1Gi}}
-caseKey: {generate: true}
-"""
-DATA = {"split": {"val": 0.25, "test": 0.25, "seed": 2}, "patch": {"shape_zyx": [16, 16, 16]}}
-PREPARE = ["--set=job=prepare,data=scans,source.kind=pairs", f"--set-json=settings.data={json.dumps(DATA)}"]
 TRAIN = ["--set=data=scans,run=first,recipe=jobs/recipes/smoke.yaml,settings.train.workers=2"]
-
-
-def make_scans(namespace: Namespace, folder: Path) -> dict[str, Any]:
-    """Scans and masks in a ConfigMap, as every cluster can hold them; the values that mount it."""
-    write_pairs(folder, 8)
-    files = [str(path.relative_to(folder)) for path in folder.rglob("*.*")]
-    items = [{"key": re.sub(r"[^\w.-]", "_", file), "path": file} for file in files]
-    data = {one["key"]: base64.b64encode((folder / one["path"]).read_bytes()).decode() for one in items}
-    scans = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "scans"}, "binaryData": data}
-    namespace.kubectl("create", "-f", "-", stdin=json.dumps(scans))
-    return {
-        "extraVolumes": [{"name": "scans", "configMap": {"name": "scans", "items": items}}],
-        "extraVolumeMounts": [{"name": "scans", "mountPath": "/inputs", "readOnly": True}],
-    }
-
-
-def write_values(namespace: Namespace, image: str, folder: Path) -> list[str]:
-    """The chart and its values, for helm."""
-    repository, _, tag = image.rpartition(":")
-    values = {**yaml.safe_load(VALUES), **make_scans(namespace, folder)}
-    values["image"] = {"repository": repository, "tag": tag}
-    (folder / "values.yaml").write_text(yaml.safe_dump(values))
-    return ["helm/lungseg", f"--values={folder}/values.yaml"]
-
-
-def run_job(namespace: Namespace, name: str, *values: str, seconds: float = 300) -> dict[str, Any]:
-    namespace.helm("install", name, "helm/lungseg-job", *values)
-    return namespace.finished(name, seconds)
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +30,7 @@ def namespace(make_namespace: Callable[[], Namespace]) -> Namespace:
 def release(namespace: Namespace, image: str, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """What it was installed from; all pods are there."""
     values = write_values(namespace, image, tmp_path_factory.mktemp("release"))
-    namespace.helm("install", "lungseg", *values)
-    ready = ["raycluster/lungseg", "--for=condition=RayClusterProvisioned", "--timeout=300s"]
-    namespace.kubectl("wait", *ready, seconds=310)
+    install(namespace, values)
     return values
 
 
@@ -95,6 +55,13 @@ def test_workers_are_on_two_nodes_and_no_ray_pod_may_ask_kubernetes(
         namespace.kubectl("exec", pod["metadata"]["name"], "--", "sh", "-c", look)
 
 
+def test_a_drain_does_not_take_the_head(namespace: Namespace, release: list[str]) -> None:
+    (head,) = namespace.pods("ray.io/node-type=head")
+    drain = ["drain", head["spec"]["nodeName"], "--dry-run=server", "--pod-selector=ray.io/node-type=head"]
+    with pytest.raises(AssertionError, match="would violate the pod's disruption budget"):
+        namespace.kubectl(*drain, "--delete-emptydir-data", "--timeout=5s")
+
+
 def test_trainings_metrics_are_served(namespace: Namespace, trained: dict[str, Any]) -> None:
     with (
         namespace.forwarded("lungseg-head-svc", 9464) as url,
@@ -108,9 +75,7 @@ def test_trainings_metrics_are_served(namespace: Namespace, trained: dict[str, A
 def test_checkpoint_and_report_are_pulled_by_lungseg_and_by_a_plain_client(
     namespace: Namespace, trained: dict[str, Any], tmp_path: Path
 ) -> None:
-    run_job(
-        namespace, "evaluate", "--set=job=evaluate,run=first"
-    )  # on workers: the head has no CPU for tasks
+    run_job(namespace, "evaluate", "--set=job=evaluate,run=first")
     secret = namespace.get("secret", "lungseg-store")["data"]
     keys = {name: base64.b64decode(value).decode() for name, value in secret.items()}
     with namespace.forwarded("lungseg-store", 8333) as url:
@@ -134,27 +99,12 @@ def test_checkpoint_and_report_are_pulled_by_lungseg_and_by_a_plain_client(
     assert {".html", ".json"} <= {Path(one["Key"]).suffix for one in listed}
 
 
-def test_a_strangers_pod_reaches_neither_ray_nor_the_store(
-    namespace: Namespace, release: list[str], image: str
+@pytest.mark.parametrize(("labels", "let_in"), [({}, set()), ({"lungseg-peer": "listed"}, {"dashboard"})])
+def test_a_strangers_pod_reaches_neither_ray_nor_the_store_and_a_listed_peers_the_dashboard_alone(
+    namespace: Namespace, release: list[str], image: str, labels: dict[str, str], let_in: set[str]
 ) -> None:
-    ask = "import socket, sys; socket.create_connection((sys.argv[1], int(sys.argv[2])), 5)"
-    targets = [("lungseg-head-svc", "8265"), ("lungseg-head-svc", "6379"), ("lungseg-store", "8333")]
-    tries = " ".join(
-        f"python -c '{ask}' {host} {port} 2>/dev/null && echo in || echo out;" for host, port in targets
-    )
-    container = {
-        "name": "stranger",
-        "image": image,
-        "imagePullPolicy": "IfNotPresent",
-        "command": ["sh", "-c", tries],
-        "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
-    }
-    security = {"runAsNonRoot": True, "runAsUser": 1000, "seccompProfile": {"type": "RuntimeDefault"}}
-    spec = {"restartPolicy": "Never", "securityContext": security, "containers": [container]}
-    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "stranger"}, "spec": spec}
-    namespace.kubectl("create", "-f", "-", stdin=json.dumps(pod))
-    wait("it has tried", lambda: namespace.get("pod", "stranger")["status"]["phase"] == "Succeeded", 120)
-    assert namespace.kubectl("logs", "stranger").split() == ["out"] * 3
+    name = "-".join(["stranger", *labels.values()])
+    assert reached(namespace, image, name, labels) == let_in
 
 
 def test_an_upgrade_leaves_running_pods_and_says_so_and_uninstall_leaves_the_data(
