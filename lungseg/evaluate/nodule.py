@@ -55,7 +55,7 @@ class NoduleScore:
     number: int
     nodule: Nodule
     volume_mm3: float
-    longest_axial_diameter_mm: float
+    mask_axial_diameter_mm: float
     pleural: bool | None
     component: int | None
     touching_dice: float
@@ -66,7 +66,7 @@ class NoduleScore:
     @property
     def diameter_mm(self) -> float:
         readers = self.nodule.mean_reader_diameter_mm
-        return self.longest_axial_diameter_mm if readers is None else readers
+        return self.mask_axial_diameter_mm if readers is None else readers
 
     def to_row(self) -> dict[str, Any]:
         """Every figure by name, for a table."""
@@ -78,7 +78,7 @@ class NoduleScore:
             "y_lps_mm": y,
             "z_lps_mm": z,
             "diameter_mm": self.diameter_mm,
-            "longest_axial_diameter_mm": self.longest_axial_diameter_mm,
+            "mask_axial_diameter_mm": self.mask_axial_diameter_mm,
             **facts,
             "volume_mm3": self.volume_mm3,
             "pleural": self.pleural,
@@ -118,7 +118,7 @@ def score_nodules(
                 number=number,
                 nodule=truth.nodules[number - 1],
                 volume_mm3=volume_mm3,
-                longest_axial_diameter_mm=longest_axial_diameter_mm(inside, part),
+                mask_axial_diameter_mm=mask_axial_diameter_mm(inside, part),
                 pleural=_pleural(inside, part.part(place), prediction),
                 component=component,
                 touching_dice=touching_dice(counted, row),
@@ -141,7 +141,7 @@ def diameters_mm(truth: Truth) -> list[tuple[Nodule, float]]:
         diameter_mm = nodule.mean_reader_diameter_mm
         if diameter_mm is None:
             inside = truth.numbers[place] == number
-            diameter_mm = longest_axial_diameter_mm(inside, truth.geometry.part(place))
+            diameter_mm = mask_axial_diameter_mm(inside, truth.geometry.part(place))
         found.append((nodule, diameter_mm))
     return found
 
@@ -150,7 +150,7 @@ def _outline(mine: np.ndarray, theirs: np.ndarray, part: Geometry) -> Outline:
     voxel_mm3 = math.prod(part.spacing_mm)
     surfaces: SurfaceDistances = surface_distances(mine, theirs, part.spacing_mm)
     volume_mm3, predicted_mm3 = (float(np.count_nonzero(mask)) * voxel_mm3 for mask in (mine, theirs))
-    diameters = [longest_axial_diameter_mm(mask, part) for mask in (theirs, mine)]
+    diameters = [mask_axial_diameter_mm(mask, part) for mask in (theirs, mine)]
     within = [surfaces.dice(tolerance_mm) for tolerance_mm in TOLERANCES_MM]
     return Outline(
         iou=metrics.iou(mine, theirs),
@@ -198,8 +198,10 @@ def _pleural(inside: np.ndarray, part: Geometry, prediction: Prediction) -> bool
     return bool(depth_mm[own][inside].min() <= PLEURA_MM)
 
 
-def longest_axial_diameter_mm(inside: np.ndarray, geometry: Geometry) -> float:
-    """Largest Feret diameter over the slices across the index axis nearest to the patient's long axis.
+def mask_axial_diameter_mm(inside: np.ndarray, geometry: Geometry) -> float:
+    """Largest Feret diameter of a mask over the slices across the index axis nearest to the patient's long
+    axis: by it truth, which is a mask, and prediction are compared alike. `predict` measures the surface
+    between voxels instead (`longest_axial_diameter_mm`, see `axes`).
 
     It spans the midpoints of voxel faces, where a surface mesh has its vertices (PyRadiomics'
     Maximum2DDiameterSlice). Balls of 3 to 30 mm come out 0.2 to 0.8 voxels too long; between voxel centres

@@ -13,8 +13,9 @@ from typing import Any
 from lungseg.errors import DataError
 from lungseg.show import table
 
-SCHEMA_VERSION = 2
-"""Of the JSON: 1 had no version, no nodules and no intervals."""
+SCHEMA_VERSION = 3
+"""Of the JSON: 1 had no version, no nodules and no intervals; 2 no members, and `longest_axial_diameter_mm`
+for the nodules' `mask_axial_diameter_mm`."""
 
 HEADLINES = {
     "dice": "Dice (full scan, per case)",
@@ -40,7 +41,7 @@ HEADLINES = {
     "volume_error_mm3": "volume error, mm3 (found nodules)",
     "volume_error_share": "volume error (share of the truth)",
     "absolute_volume_error_share": "volume error without its sign",
-    "diameter_error_mm": "error of the longest axial diameter, mm",
+    "diameter_error_mm": "error of the masks' longest axial diameter, mm",
     "reader_with_reader": "Dice of a reader with another",
     "model_with_reader": "Dice of the model with a reader",
     "reader_with_others": "Dice of a reader with the others' consensus",

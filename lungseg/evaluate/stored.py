@@ -12,6 +12,9 @@ from lungseg.evaluate.records import from_record
 from lungseg.evaluate.report import SCHEMA_VERSION
 from lungseg.storage import Store, keys
 
+READABLE = (2, SCHEMA_VERSION)
+"""Versions that hold what is compared."""
+
 
 @dataclass(frozen=True)
 class StoredEvaluation:
@@ -49,7 +52,7 @@ def newest_evaluation(store: Store, run: str, split: str) -> StoredEvaluation:
         raise DataError("evaluation-missing", run=run, split=split, remedy=again)
     _, key = max(found)
     tree = store.get_json(key)
-    if not isinstance(tree, dict) or tree.get("schema_version") != SCHEMA_VERSION:
+    if not isinstance(tree, dict) or tree.get("schema_version") not in READABLE:
         raise DataError("evaluation-format", key=key, remedy=f"{again} with this version")
     names = ("run", "checkpoint", "created_utc", "data", "manifest_sha256", "split")
     return StoredEvaluation(

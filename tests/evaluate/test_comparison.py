@@ -105,6 +105,24 @@ def test_other_scans_are_refused_and_missing_evaluations_named(store: Store) -> 
     load_run(store, "r")
 
 
+def test_reports_of_the_version_before_are_read_and_others_refused(store: Store, tmp_path: Path) -> None:
+    [key] = [
+        item.key for item in store.find(keys.evaluations(keys.run_root("r"))) if item.key.endswith("Z.json")
+    ]
+    report, other = store.get_json(key), open_store(tmp_path)
+    names = {"mask_axial_diameter_mm", "longest_axial_diameter_mm"}  # the latter is of `predict`'s surface
+    assert names & report["nodules"][0].keys() == {"mask_axial_diameter_mm"}
+    for name in ("members", "post", "networks_a_scan"):
+        del report[name]
+    other.put_json(key, {**report, "schema_version": 2})
+    assert newest_evaluation(other, "r", "test").figures().keys() >= set(COMPARED)
+    for version in (1, 99, None):
+        other.put_json(key, {**report, "schema_version": version})
+        with pytest.raises(DataError, match="evaluation-format") as caught:
+            newest_evaluation(other, "r", "test")
+        assert "lungseg evaluate --run r --split test" in caught.value.remedy
+
+
 def test_the_verb_prints_and_writes_all_of_it(
     store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
