@@ -7,6 +7,8 @@ import io
 import json
 import math
 import re
+import shutil
+import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.scored import hold_out, labelled, network
+from PIL import Image
 
 from lungseg import cli
 from lungseg.config import resegmented
@@ -199,6 +202,28 @@ def test_the_page_needs_no_other_file_and_shows_charts_and_the_worst_nodules(kno
     assert page.count("data:image/png;base64,") == 4
     assert page.index("c2, n1: 7.0 mm, Dice 0.0000") < page.index("c1, n1: 7.0 mm, Dice 0.6667")
     assert page.count('class="predicted" d="M') == 3  # of the missed one there is nothing to draw
+
+
+def test_the_page_shows_in_a_browser_without_an_error_or_any_other_file(
+    known: Evaluated, tmp_path: Path
+) -> None:
+    """On a phone's width, where tables scroll in their own boxes and the page does not."""
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    assert browser, "install a browser: apt-get install chromium"
+    page, shot = known.result.text.with_suffix(".html"), tmp_path / "page.png"
+    done = subprocess.run(
+        [browser, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
+         f"--user-data-dir={tmp_path / 'profile'}", "--window-size=500,6000", f"--screenshot={shot}",
+         page.resolve().as_uri()],
+        check=True, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert "CONSOLE" not in done.stderr
+    text = page.read_text()
+    assert not re.search(r'(src|href)="(?!data:image/png;base64,)|url\(|@import|<script', text)
+    assert "little.</strong> Scans" in " ".join(text.split())
+    pixels = np.asarray(Image.open(shot).convert("RGB")).reshape(-1, 3)
+    for colour in ((255, 176, 0), (255, 92, 168)):  # truth and prediction
+        assert (pixels == colour).all(axis=1).sum() > 50
 
 
 def test_people_read_the_same_figures_and_how_the_seed_took_its_four(known: Evaluated) -> None:
