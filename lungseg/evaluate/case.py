@@ -131,22 +131,28 @@ def _of_probabilities(stored: StoredScan, prediction: Prediction) -> tuple[float
     """1 - 2 sum(p y) / (sum(p) + sum(y)), the soft Dice of probabilities p with the mask y, and the mean of
     -log(probability of the true class) in nats. What lies beyond the prediction has probability 0."""
     numbers = stored.numbers[prediction.box_in(stored.volume.geometry)]
-    truth, silent = numbers > 0, numbers == 0
-    probability = prediction.probability.astype(np.float32)
-    of_truth = probability[truth].astype(np.float64)
+    of_truth = prediction.probability[numbers > 0].astype(np.float64)
+    values, silent = _histogram(prediction.probability, numbers == 0)
     nodule_voxels = np.count_nonzero(stored.numbers > 0)
-    total = of_truth.sum() + probability.sum(where=silent, dtype=np.float64) + nodule_voxels
+    total = of_truth.sum() + values @ silent + nodule_voxels
     loss = 1 - 2 * of_truth.sum() / total if total else 0.0
 
     voxels = np.count_nonzero(stored.numbers >= 0)
-    beyond = voxels - nodule_voxels - np.count_nonzero(silent)
+    beyond = voxels - nodule_voxels - silent.sum()
     nats = (nodule_voxels - of_truth.size) * -math.log(EPSILON) + beyond * -math.log1p(-EPSILON)
     nats -= np.log(np.clip(of_truth, EPSILON, 1 - EPSILON)).sum()
-    with np.errstate(divide="ignore"):
-        np.log1p(np.negative(probability, out=probability), out=probability)
-    np.clip(probability, math.log(EPSILON), math.log1p(-EPSILON), out=probability)
-    nats -= probability.sum(where=silent, dtype=np.float64)
+    nats -= np.log1p(-np.clip(values, EPSILON, 1 - EPSILON)) @ silent
     return float(loss), float(nats / voxels) if voxels else 0.0
+
+
+def _histogram(probability: np.ndarray, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The probabilities that chosen voxels have, of all that float16 can say, as float64; and how many have
+    each: sums over some ten thousand values take a part of the time that those over all voxels take."""
+    counts = np.zeros(1 << 16, np.int64)
+    for plane, here in zip(probability.view(np.uint16), chosen, strict=True):
+        counts += np.bincount(plane[here], minlength=len(counts))
+    bits = np.flatnonzero(counts)
+    return bits.astype(np.uint16).view(np.float16).astype(np.float64), counts[bits]
 
 
 def mean_or_none(values: Sequence[float]) -> float | None:

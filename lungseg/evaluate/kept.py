@@ -24,7 +24,7 @@ from lungseg.scan.lungs import lung_mask
 from lungseg.scan.resample import resample_onto
 from lungseg.scan.volume import Geometry, Volume, bounding_box
 from lungseg.segment.postprocess import components
-from lungseg.segment.quantify import onto_scan
+from lungseg.segment.quantify import labels_on_scan
 from lungseg.segment.sliding import Predictor, predict_volume
 from lungseg.storage import Store, keys
 
@@ -49,15 +49,15 @@ class Prediction:
 
     def components(self, config: SegmentConfig) -> np.ndarray:
         """int32 [z, y, x] on `geometry`: as `segment` finds them."""
-        return components(self._float32, config, self.geometry.spacing_mm, self.lungs)
+        return components(self.float32, config, self.geometry.spacing_mm, self.lungs)
 
     def own_labels(self, found: np.ndarray, grid: Geometry, threshold: float) -> tuple[np.ndarray, Box]:
         """The components `found` on the scan's own `grid`, as `segment` brings them there; and their box."""
-        labels, placed = onto_scan(found, self._float32, self.geometry, grid, threshold)
-        return labels, union([level.box for _, level, _ in placed])
+        labels, boxes = labels_on_scan(found, self.float32, self.geometry, grid, threshold)
+        return labels, union(boxes)
 
     @cached_property
-    def _float32(self) -> np.ndarray:
+    def float32(self) -> np.ndarray:
         return self.probability.astype(np.float32)
 
     def lungs_on(self, part: Geometry) -> np.ndarray | None:

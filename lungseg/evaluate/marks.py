@@ -71,8 +71,7 @@ def detect(
 ) -> Detection:
     """Candidates are found, and laid over the nodules, on the grid that the network works on; positions and
     diameters are in mm whatever the grid."""
-    probability = prediction.probability.astype(np.float32)
-    labels, found = find_candidates(probability, prediction.geometry, config, prediction.lungs)
+    labels, found = find_candidates(prediction.float32, prediction.geometry, config, prediction.lungs)
     numbers = stored.numbers[prediction.box_in(stored.volume.geometry)]
     counted = overlap(np.maximum(numbers, 0), labels, numbers < 0)
     iou = np.zeros((len(found), len(rows)))
@@ -110,8 +109,7 @@ def candidate_hits(
     stored: StoredScan, prediction: Prediction, config: SegmentConfig
 ) -> dict[CandidateScore, Hits]:
     """As the `luna16` of `detect`, without scores of nodules, which take many times as long."""
-    probability = prediction.probability.astype(np.float32)
-    _, found = find_candidates(probability, prediction.geometry, config, prediction.lungs)
+    _, found = find_candidates(prediction.float32, prediction.geometry, config, prediction.lungs)
     marks_mm = _positions(one.centre_lps_mm for one in found)
     places = _places(diameters_mm(stored.truth), stored.truth.regions)
     return {

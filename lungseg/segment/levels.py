@@ -61,11 +61,13 @@ def level_set(
     threshold: float,
     grid: Geometry,
     scan: Geometry,
+    cut: bool = True,
 ) -> LevelSet | None:
     """The surface of the component `label` of `probability` (int and float32 [z, y, x], on `grid`) on `scan`.
 
     `tight` is the component's box. The surface passes no further than one voxel of `grid` from it, where
-    others may begin. None where the component lies outside of `scan`.
+    others may begin. Without `cut` no voxel is cut into parts, as sizes need it; which voxels lie inside is
+    the same. None where the component lies outside of `scan`.
     """
     box = _around(tight, grid, scan)
     if not box:
@@ -79,7 +81,7 @@ def level_set(
     diameter_mm = (6 * volume_mm3 / math.pi) ** (1 / 3)
     step_mm = max(STEP_MM, diameter_mm / STEPS_ACROSS)
     depth, height, width = (2 * math.ceil((spacing / step_mm - 1) / 2) + 1 for spacing in scan.spacing_mm)
-    cuts = (depth, height, width)
+    cuts = (depth, height, width) if cut else (1, 1, 1)
     fine = _cut(scan, box, cuts)
     scale, shift = _between(fine, grid.part(near))
     values, reach = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
@@ -96,7 +96,7 @@ def quantify(
     lengthen the axes by half a voxel or so.
     """
     around = _Lungs.of(lungs, grid) if lungs is not None and lungs.any() and labels.any() else None
-    own, placed = onto_scan(labels, probability, grid, volume.geometry, config.threshold)
+    own, placed = _onto_scan(labels, probability, grid, volume.geometry, config.threshold)
     nodules = []
     for number, (label, level, surface) in enumerate(placed, 1):
         hu = volume.volume_hu[level.box][own[level.box] == number].astype(np.float64)
@@ -105,24 +105,52 @@ def quantify(
     return own, nodules
 
 
-def onto_scan(
+def labels_on_scan(
+    labels: np.ndarray, probability: np.ndarray, grid: Geometry, scan: Geometry, threshold: float
+) -> tuple[np.ndarray, list[tuple[slice, ...]]]:
+    """The labels of `quantify` on the grid `scan`, and the box of each, in a tenth of the time that sizes
+    take; the first has the most voxels."""
+    levels = list(_levels(labels, probability, grid, scan, threshold, cut=False))
+    levels.sort(key=lambda one: -np.count_nonzero(one[1].voxels))
+    own, placed = _placed(scan, levels)
+    return own, [levels[number][1].box for number in placed]
+
+
+def _onto_scan(
     labels: np.ndarray, probability: np.ndarray, grid: Geometry, scan: Geometry, threshold: float
 ) -> tuple[np.ndarray, list[tuple[int, LevelSet, _Surface]]]:
-    """The labels of `quantify` on the grid `scan`, and in their order what each was in `labels`, and its
-    surface."""
-    own = np.zeros(scan.shape_zyx, np.int32)
-    surfaces: list[tuple[int, LevelSet, _Surface]] = []
+    """The labels of `quantify`, and in their order what each was in `labels`, and its surface."""
+    found = _levels(labels, probability, grid, scan, threshold)
+    surfaces = [(label, level, _Surface.of(level)) for label, level in found]
+    surfaces.sort(key=lambda one: -one[2].volume_mm3)
+    own, placed = _placed(scan, [(label, level) for label, level, _ in surfaces])
+    return own, [surfaces[number] for number in placed]
+
+
+def _levels(
+    labels: np.ndarray,
+    probability: np.ndarray,
+    grid: Geometry,
+    scan: Geometry,
+    threshold: float,
+    cut: bool = True,
+) -> Iterator[tuple[int, LevelSet]]:
+    """Of every component that has a voxel on `scan`."""
     for label, box in enumerate(ndimage.find_objects(labels), 1):
-        level = box and level_set(probability, labels, box, label, threshold, grid, scan)
+        level = box and level_set(probability, labels, box, label, threshold, grid, scan, cut)
         if level and level.voxels.any():
-            surfaces.append((label, level, _Surface.of(level)))
-    placed = []
-    for one in sorted(surfaces, key=lambda one: -one[2].volume_mm3):
-        _, level, _ = one
+            yield label, level
+
+
+def _placed(scan: Geometry, levels: Sequence[tuple[int, LevelSet]]) -> tuple[np.ndarray, list[int]]:
+    """int32 labels on `scan`, and which of the levels each is; where two meet the first has the voxels."""
+    own = np.zeros(scan.shape_zyx, np.int32)
+    placed: list[int] = []
+    for number, (_, level) in enumerate(levels):
         room = own[level.box]
         mine = level.voxels & (room == 0)
         if mine.any():
-            placed.append(one)
+            placed.append(number)
             room[mine] = len(placed)
     return own, placed
 

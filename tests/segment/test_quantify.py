@@ -16,7 +16,8 @@ from scipy import ndimage
 from lungseg.config import SegmentConfig
 from lungseg.scan.volume import Geometry, Volume, to_sitk
 from lungseg.segment.axes import rounded
-from lungseg.segment.quantify import NoduleMeasurement, quantify
+from lungseg.segment.postprocess import components
+from lungseg.segment.quantify import NoduleMeasurement, labels_on_scan, quantify
 
 IDENTITY = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
 # Feet-first and turned by 20 degrees about the patient's long axis.
@@ -272,3 +273,22 @@ def test_json_holds_every_field_in_plain_numbers() -> None:
     assert plain["centre_lps_mm"] == [-31.0, 12.5, 140.0]
     assert plain["percentiles_hu"]["95"] == 5.0
     assert len(plain["long_axis_lps_mm"]) == 2
+
+
+def test_labels_without_sizes_are_the_same_voxels() -> None:
+    """Of blobs of any shape, some of which touch, on a grid with other steps."""
+    random = np.random.default_rng(5)
+    rough = ndimage.gaussian_filter(random.random((20, 30, 30)), 1.5)
+    probability = (rough - rough.min()) / np.ptp(rough)
+    working = Geometry((20, 30, 30), (1.0, 1.0, 1.0), (3.0, 2.0, 1.0), IDENTITY)
+    scan = Geometry((10, 44, 40), (2.0, 0.7, 0.7), (3.2, 2.1, 1.3), IDENTITY)
+    config = SegmentConfig(threshold=0.55, min_volume_mm3=0)
+    labels = components(probability.astype(np.float32), config, working.spacing_mm)
+    volume = Volume(np.zeros(scan.shape_zyx, np.int16), scan)
+    sized, nodules = quantify(labels, probability.astype(np.float32), working, volume, config)
+    plain, boxes = labels_on_scan(labels, probability.astype(np.float32), working, scan, 0.55)
+    assert len(nodules) > 5
+    assert len(boxes) == len(nodules)
+    np.testing.assert_array_equal(plain > 0, sized > 0)
+    pairs = {tuple(pair) for pair in np.stack([plain[plain > 0], sized[plain > 0]], axis=1).tolist()}
+    assert len(pairs) == len(nodules)  # each is another's, whatever their order
