@@ -13,6 +13,7 @@ from typing import Any
 
 import boto3
 import pytest
+import yaml
 from helpers.kubernetes import Namespace, wait
 from helpers.release import PREPARE, install, reached, run_job, write_values
 
@@ -70,6 +71,18 @@ def test_trainings_metrics_are_served(namespace: Namespace, trained: dict[str, A
         shown = answer.read().decode()
     counts = re.findall(r'^lungseg_step_seconds_count\{.*run="first".* ([0-9.]+)$', shown, re.MULTILINE)
     assert list(map(float, counts)) == [8.0, 8.0]  # two epochs of four steps on each of two workers
+
+
+def test_a_sweep_of_two_trials_ends_with_a_best_one(
+    namespace: Namespace, trained: dict[str, Any], tmp_path: Path
+) -> None:
+    space = {"tune": {"space": {"optimizer.learning_rate": {"log": [1e-4, 1e-2]}}}}
+    (tmp_path / "values.yaml").write_text(yaml.safe_dump({"settings": space}))
+    sweep = "--set=job=tune,data=scans,run=sweep,recipe=jobs/recipes/smoke.yaml,trials=2"
+    run_job(namespace, "tune", sweep, f"--values={tmp_path}/values.yaml", seconds=420)
+    shown = namespace.log("tune")
+    assert len(re.findall(r"^\S+ +complete +", shown, re.MULTILINE)) == 2, shown
+    assert "get the best with: lungseg pull --store s3://lungseg --run sweep" in shown
 
 
 def test_checkpoint_and_report_are_pulled_by_lungseg_and_by_a_plain_client(
