@@ -49,10 +49,10 @@ def _picture(
     part = truth.geometry.part(box)
     image = resample_onto(stored.volume.volume_hu, stored.volume.geometry, part)[0]
     # Linear is near enough for a picture: a mask as `predict` brings it onto the scan's grid takes seconds.
-    outside = prediction.components(config) == 0
-    inside_only = prediction.probability.astype(np.float32)
-    inside_only[outside] = np.minimum(inside_only[outside], config.threshold)
-    found = resample_onto(inside_only, prediction.geometry, part)[0] > config.threshold
+    probability = prediction.float32
+    below = np.minimum(probability, np.float32(config.threshold))
+    inside_only = np.where(prediction.components(config) > 0, probability, below)
+    found = resample_onto(inside_only, prediction.geometry, part)[0] > np.float32(config.threshold)
     return {
         "case_id": case_id,
         "nodule_id": row.nodule.nodule_id,
