@@ -168,7 +168,7 @@ def predict(
     ] = None,
     no_post: NoPost = False,
 ) -> None:
-    """Segment scans: writes OUT/<case id>/nodules.nii.gz, mask.nii.gz and nodules.json of each.
+    """Segment scans: OUT/<case id>/ gets report.html, nodules.nii.gz, mask.nii.gz and nodules.json.
 
     Several runs are one model, the mean of their probabilities, such as the folds of a cross-validation.
     With --dicom FOLDER, FOLDER/<case id>/ gets a Segmentation and a Structured Report, for archives.
@@ -283,7 +283,10 @@ class _Results:
         folder, scan = self.out / one.case_id, scan_id(volume, self.key)
         named = {"run": model.name, "checkpoint": model.checkpoint}
         post = model.post.describe() if model.post else ""
-        nifti.write(found, folder, scan=scan, **named, post=post, with_probability=self.probability)
+        with_probability = self.probability
+        nifti.write(
+            found, folder, scan=scan, **named, post=post, volume=volume, with_probability=with_probability
+        )
         if not self.dicom:
             return [folder / "nodules.nii.gz"]
         from lungseg.segment.outputs import dicom

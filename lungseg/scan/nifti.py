@@ -75,6 +75,21 @@ def read_voxels(path: Path) -> np.ndarray:
     return array * scale[0] + scale[1] if scale else array.astype(kind)  # in this machine's byte order
 
 
+def encode(array: np.ndarray, lps: np.ndarray, scale: tuple[float, float] = (1, 0)) -> bytes:
+    """A NIfTI-1 file of uint8 `array` [z, y, x]: `lps` [4, 4] goes from indices (x, y, z, 1) to LPS
+    millimetres, `scale` is (slope, intercept) of the values."""
+    header = np.zeros(1, LAYOUTS[348])
+    header["dim"] = [3, *array.shape[::-1], 1, 1, 1, 1]
+    header["datatype"], header["xyzt_units"], header["vox_offset"] = 2, 2, 352
+    header["pixdim"][0, :4] = [1, *np.linalg.norm(lps[:3, :3], axis=0)]
+    header["scl_slope"], header["scl_inter"] = scale
+    header["sform_code"], header["srow"] = 1, (np.diag([-1, -1, 1, 1]) @ lps)[:3]
+    header["magic"] = b"n+1"
+    content = bytearray(header.tobytes() + bytes(4))
+    content[:4], content[72:74] = (348).to_bytes(4, "little"), (8).to_bytes(2, "little")  # bits a voxel
+    return bytes(content) + array.tobytes()
+
+
 def _scale(header: np.void, path: Path) -> tuple[float, float] | None:
     """Slope and intercept, where there is something to scale."""
     slope, intercept = float(header["scl_slope"]), float(header["scl_inter"])

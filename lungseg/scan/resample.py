@@ -67,7 +67,7 @@ def resample(volume: Volume, spacing_mm: Vector) -> Volume:
     Raises GeometryError("shape-mismatch") if the scan is not on its own grid.
     """
     require_on(volume.volume_hu, volume.geometry)
-    oriented = _along_lps(volume)
+    oriented = along_lps(volume)
     old = oriented.geometry
     extent_mm = np.multiply(old.shape_zyx, old.spacing_mm)
     depth, height, width = (max(1, round(count)) for count in extent_mm / spacing_mm)
@@ -89,7 +89,7 @@ def resample(volume: Volume, spacing_mm: Vector) -> Volume:
     )
 
 
-def _along_lps(volume: Volume) -> Volume:
+def along_lps(volume: Volume) -> Volume:
     """A view of the scan whose axes run to the left, back and head, or as near to that as they come."""
     geometry = volume.geometry
     direction = np.asarray(geometry.direction_lps)

@@ -15,7 +15,7 @@ from lungseg.scan.resample import resample, resample_onto
 from lungseg.scan.volume import Geometry, Vector, Volume
 from lungseg.segment.candidates import find_candidates
 from lungseg.segment.postprocess import components
-from lungseg.segment.quantify import NoduleMeasurement, quantify
+from lungseg.segment.quantify import NoduleMeasurement, Surface, quantify
 from lungseg.segment.sliding import Predictor, predict_volume
 
 
@@ -24,7 +24,7 @@ class Segmentation:
     """`labels` is int32 [z, y, x] on `geometry`, the input's own grid: 0 background, 1 the largest nodule.
 
     `probability` (float32) and `lungs` (uint8, None where none were found) are on `working`, the grid that
-    the network saw.
+    the network saw. `surfaces` are those of `nodules`, in their order.
     """
 
     labels: np.ndarray
@@ -35,6 +35,7 @@ class Segmentation:
     config: SegmentConfig
     lungs: np.ndarray | None
     warnings: tuple[str, ...] = ()
+    surfaces: tuple[Surface, ...] = ()
 
 
 Asked = tuple[Predictor, Recipe]
@@ -81,7 +82,9 @@ def segment_by_mean(
     probability /= len(networks)
     found = components(probability, config, working.geometry.spacing_mm, lungs)
     confidence = confidences(found, probability, working.geometry, config, lungs)
-    labels, nodules = quantify(found, probability, working.geometry, volume, config, lungs, confidence)
+    labels, nodules, surfaces = quantify(
+        found, probability, working.geometry, volume, config, lungs, confidence
+    )
     warnings = [f"the values are probably no HU: {volume.not_hu}"] if volume.not_hu else []
     if lungs is None:
         warnings.append("no lungs were found, so the whole scan was searched: is it a chest CT?")
@@ -94,6 +97,7 @@ def segment_by_mean(
         config,
         lungs,
         tuple(warnings),
+        tuple(surfaces),
     )
 
 

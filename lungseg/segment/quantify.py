@@ -86,9 +86,9 @@ def quantify(
     config: SegmentConfig,
     lungs: np.ndarray | None = None,
     confidence: Mapping[int, float] | None = None,
-) -> tuple[np.ndarray, list[NoduleMeasurement]]:
+) -> tuple[np.ndarray, list[NoduleMeasurement], list[Surface]]:
     """The components `labels` of `probability` (int and float32 [z, y, x], on `grid`) as int32 labels on the
-    grid of `volume`, 1 the largest, and the measurements of each.
+    grid of `volume`, 1 the largest, and of each the measurements and the surface.
 
     A voxel has a label where the probability's cubic spline at its centre passes `config.threshold`; a
     component without such a voxel, between thick slices, is left out. `confidence` is by number of component.
@@ -102,7 +102,7 @@ def quantify(
         hu = volume.volume_hu[level.box][own[level.box] == number].astype(np.float64)
         one = _measure(number, level, surface, hu, volume, config, around)
         nodules.append(replace(one, confidence=(confidence or {}).get(label)))
-    return own, nodules
+    return own, nodules, [surface for _, _, surface in placed]
 
 
 def labels_on_scan(
@@ -118,10 +118,10 @@ def labels_on_scan(
 
 def _onto_scan(
     labels: np.ndarray, probability: np.ndarray, grid: Geometry, scan: Geometry, threshold: float
-) -> tuple[np.ndarray, list[tuple[int, LevelSet, _Surface]]]:
+) -> tuple[np.ndarray, list[tuple[int, LevelSet, Surface]]]:
     """The labels of `quantify`, and in their order what each was in `labels`, and its surface."""
     found = _levels(labels, probability, grid, scan, threshold)
-    surfaces = [(label, level, _Surface.of(level)) for label, level in found]
+    surfaces = [(label, level, Surface.of(level)) for label, level in found]
     surfaces.sort(key=lambda one: -one[2].volume_mm3)
     own, placed = _placed(scan, [(label, level) for label, level, _ in surfaces])
     return own, [surfaces[number] for number in placed]
@@ -156,10 +156,11 @@ def _placed(scan: Geometry, levels: Sequence[tuple[int, LevelSet]]) -> tuple[np.
 
 
 @dataclass(frozen=True)
-class _Surface:
-    """A closed mesh: `points_zyx` are indices of the level set's grid."""
+class Surface:
+    """A closed mesh: `points_lps_mm` are float32 [n, 3], `triangles` int32 [m, 3]."""
 
-    points_zyx: np.ndarray
+    points_lps_mm: np.ndarray
+    triangles: np.ndarray
     volume_mm3: float
     area_mm2: float
 
@@ -170,7 +171,9 @@ class _Surface:
         a, b, c = points_mm[triangles.T]
         # The sum of tetrahedra between each triangle and one point (the divergence theorem).
         volume_mm3 = abs(float(np.einsum("ij,ij", a, np.cross(b, c)))) / 6
-        return cls(points, volume_mm3, float(mesh_surface_area(points_mm, triangles)))
+        area_mm2 = float(mesh_surface_area(points_mm, triangles))
+        points_lps_mm = level.geometry.to_lps_mm(points).astype(np.float32)
+        return cls(points_lps_mm, triangles.astype(np.int32), volume_mm3, area_mm2)
 
 
 @dataclass(frozen=True)
@@ -206,7 +209,7 @@ class _Lungs:
 def _measure(
     label: int,
     level: LevelSet,
-    surface: _Surface,
+    surface: Surface,
     hu: np.ndarray,
     volume: Volume,
     config: SegmentConfig,
@@ -242,7 +245,7 @@ def _measure(
         mass_mg=mm3 * max(0.0, float(hu.mean()) + 1000) / 1000,
         solid_volume_mm3=mm3 * int((solid.values > 0).sum()) / int(inside.sum()),
         solid_longest_axial_diameter_mm=solid_axes.long_mm if solid_axes else None,
-        pleura_mm=lungs.pleura_mm(level.geometry.to_lps_mm(surface.points_zyx)) if lungs else None,
+        pleura_mm=lungs.pleura_mm(surface.points_lps_mm) if lungs else None,
         side=lungs.side(centre[0]) if lungs else None,
         probability=float(level.values[inside].mean(dtype=np.float64)) + config.threshold,
         confidence=None,

@@ -76,7 +76,7 @@ def segmented(one: Input, soft: np.ndarray, **settings: str) -> Segmentation:
     volume = read_slices(one.slices, one.path)
     config = SegmentConfig(**settings)
     labels, _ = ndimage.label(soft > 0.5)
-    own, nodules = quantify(labels, soft, volume.geometry, volume, config)
+    own, nodules, _ = quantify(labels, soft, volume.geometry, volume, config)
     return Segmentation(own, volume.geometry, tuple(nodules), soft, volume.geometry, config, None)
 
 

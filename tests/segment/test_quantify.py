@@ -59,7 +59,7 @@ def measure(
     probability: np.ndarray, working: Geometry, volume: Volume, **more: object
 ) -> list[NoduleMeasurement]:
     labels, _ = ndimage.label(probability > 0.5)
-    own, found = quantify(labels, probability, working, volume, SegmentConfig(), **more)
+    own, found, _ = quantify(labels, probability, working, volume, SegmentConfig(), **more)
     assert [one.label for one in found] == list(range(1, len(found) + 1))
     assert [one.voxels for one in found] == np.bincount(own.ravel())[1:].tolist()
     return found
@@ -243,7 +243,7 @@ def test_labels_fall_in_volume_and_what_no_slice_meets_is_left_out() -> None:
     soft = np.zeros(working.shape_zyx, np.float32)
     for at, size in (((10, 12, 10), 7), ((21, 12, 30), 12), ((17.5, 12, 50), 3)):  # slices at 15 and 20
         soft = np.maximum(soft, ellipsoid(working, working.to_lps_mm(at), (size,) * 3))
-    own, found = quantify(ndimage.label(soft > 0.5)[0], soft, working, flat(scan), SegmentConfig())
+    own, found, _ = quantify(ndimage.label(soft > 0.5)[0], soft, working, flat(scan), SegmentConfig())
     assert [round(one.equivalent_diameter_mm) for one in found] == [12, 7]
     assert own.dtype == np.int32
     for one in found:

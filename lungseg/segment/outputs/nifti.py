@@ -16,7 +16,8 @@ from lungseg import __version__
 from lungseg.errors import DataError
 from lungseg.scan.itk_files import itk_name
 from lungseg.scan.resample import resample_onto
-from lungseg.scan.volume import write_mask, write_nifti
+from lungseg.scan.volume import Volume, write_mask, write_nifti
+from lungseg.segment.outputs.report import render
 from lungseg.segment.predict import Segmentation
 
 DISCLAIMER = "research use only: not a medical device, not for diagnosis"
@@ -49,10 +50,12 @@ def write(
     run: str,
     checkpoint: str,
     post: str = "",
+    volume: Volume | None = None,
     with_probability: bool = False,
 ) -> None:
     """Write `folder`/nodules.nii.gz, whose values are the labels of `folder`/nodules.json, mask.nii.gz (1 in
-    any nodule) and, if asked for, probability.nii.gz (float32, interpolated linearly); all or none of them.
+    any nodule) and, if asked for, probability.nii.gz (float32, interpolated linearly), and with the scan's
+    `volume` report.html; all or none of them.
 
     None holds patient data. Earlier results of the same scan (see `identity.scan_id`) are replaced. `post`
     says where settings come from, if not from run and call.
@@ -69,8 +72,11 @@ def write(
         if with_probability:
             own = resample_onto(segmentation.probability, segmentation.working, grid)
             write_nifti(fresh / "probability.nii.gz", own, grid)
-        text = json.dumps(_describe(segmentation, scan, run, checkpoint, post), indent=2, allow_nan=False)
+        facts = _describe(segmentation, scan, run, checkpoint, post)
+        text = json.dumps(facts, indent=2, allow_nan=False)
         (fresh / "nodules.json").write_text(text + "\n", encoding="utf-8")
+        if volume is not None:
+            (fresh / "report.html").write_text(render(segmentation, volume, facts), encoding="utf-8")
 
 
 @contextmanager
