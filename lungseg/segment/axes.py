@@ -20,6 +20,7 @@ from skimage.measure import find_contours
 from lungseg.scan.volume import Vector, vector
 from lungseg.segment.levels import LevelSet
 
+MOST_POINTS = 4000
 Line = tuple[Vector, Vector]
 
 
@@ -61,6 +62,8 @@ def axial_axes(level: LevelSet) -> Axes | None:
         if bounds_mm[part] <= longest:
             break
         for outline in (line * in_plane for line in find_contours(planes[part], 0)):
+            if np.linalg.norm(np.ptp(outline, axis=0)) <= longest:
+                continue
             length = float(pdist(_corners(outline)).max())
             if length > longest:
                 longest, best = length, (part, outline)
@@ -99,7 +102,11 @@ def _corners(outline: np.ndarray) -> np.ndarray:
 
 
 def _axes(outline: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The long and the short axis [2, 2] of one outline [n, 2], whose last point is its first."""
+    """The long and the short axis [2, 2] of one outline [n, 2], whose last point is its first.
+
+    What has more than MOST_POINTS is no nodule's: of such an outline only some are looked at.
+    """
+    outline = np.append(outline[: -1 : 1 + len(outline) // MOST_POINTS], outline[:1], axis=0)
     corners = _corners(outline)
     distances = squareform(pdist(corners))
     first, last = corners[list(np.unravel_index(int(distances.argmax()), distances.shape))]

@@ -18,6 +18,9 @@ from lungseg.segment.postprocess import components
 from lungseg.segment.quantify import NoduleMeasurement, Surface, quantify
 from lungseg.segment.sliding import Predictor, predict_volume
 
+MOST_SEARCHED_MM3 = 1e6
+"""A litre, a fifth of both lungs."""
+
 
 @dataclass(frozen=True)
 class Segmentation:
@@ -130,11 +133,14 @@ def confidences(
     grid of `geometry`; one without a candidate has none.
 
     Only the surroundings of nodules are searched: to part what runs together anywhere takes many times as
-    long.
+    long. Surroundings of more than MOST_SEARCHED_MM3, an untrained network's, are not: they say nothing of
+    any place.
     """
     low = cc3d.connected_components(probability > config.candidate_threshold, connectivity=26)
-    touched = np.zeros(int(low.max(initial=0)) + 1, bool)
+    voxels = np.bincount(low.ravel())
+    touched = np.zeros(voxels.size, bool)
     touched[low[labels > 0]] = True
+    touched &= voxels * math.prod(geometry.spacing_mm) <= MOST_SEARCHED_MM3
     touched[0] = False
     around = np.where(touched[low], probability, np.float32(0))
     candidate_labels, candidates = find_candidates(around, geometry, config, lungs)

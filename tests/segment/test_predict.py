@@ -117,6 +117,17 @@ def test_the_confidence_is_that_of_the_best_candidate_in_a_nodule() -> None:
     assert sorted(one.max for one in all_candidates) == pytest.approx([0.4, 0.6, 0.7, 0.9])
 
 
+@pytest.mark.parametrize(("side", "expected"), [(40, {1: pytest.approx(0.9)}), (60, {})])
+def test_what_runs_together_over_more_than_a_litre_is_not_searched(
+    side: int, expected: dict[int, object]
+) -> None:
+    """Voxels of 4.9 mm3, all of them above `candidate_threshold`, as of a network that has learnt nothing."""
+    probability = np.full((side,) * 3, 0.12, np.float32)
+    probability[18:22, 18:22, 18:22] = 0.9
+    labels = (probability > 0.5).astype(np.int32)
+    assert confidences(labels, probability, geometry(probability.shape), SegmentConfig()) == expected
+
+
 def tiny(value: int) -> Segmentation:
     grid = geometry((2, 2, 2))
     labels = np.full((2, 2, 2), value, np.int32)
