@@ -100,10 +100,30 @@ def runs(store: StoreUri = STORE) -> None:
 
 
 @app.command()
-def pull(run: RunName, out: Out, store: StoreUri = STORE) -> None:
-    """Copy the best checkpoint of a run to a folder."""
-    from lungseg.runs.run import pull_best
-    from lungseg.storage import open_store
+def pull(
+    run: RunName,
+    out: Out,
+    store: StoreUri = STORE,
+    onnx: Annotated[bool, typer.Option("--onnx", help="model.onnx too; needs lungseg[onnx].")] = False,
+    saved_model: Annotated[
+        bool, typer.Option("--saved-model", help="TensorFlow's saved_model/ too.")
+    ] = False,
+) -> None:
+    """Copy the best checkpoint of a run to a folder.
 
-    best = pull_best(open_store(store), run, out)
+    model.keras needs lungseg; --onnx and --saved-model, with serving.json beside, need no lungseg.
+    """
+    from lungseg.runs.run import pull_best
+    from lungseg.runs.serving import require_onnx, write_serving
+    from lungseg.storage import open_store
+    from lungseg.telemetry import quiet_tensorflow
+
+    if onnx:
+        require_onnx()
+    opened = open_store(store)
+    best = pull_best(opened, run, out)
     print(f"{out / 'model.keras'}: {val_dice_text(best.val_dice)}, epoch {best.epoch}")
+    if onnx or saved_model:
+        with quiet_tensorflow():
+            written = write_serving(opened, run, out, onnx=onnx, saved_model=saved_model)
+        print(*written, sep="\n")

@@ -56,7 +56,15 @@ def load_network(store: Store, published: Published) -> BestModel:
 
 
 def export_model(weights: Mapping[str, np.ndarray], config: ModelConfig) -> bytes:
-    """model.keras of a float32 network of these weights that takes HU and gives probabilities.
+    """model.keras of `float32_network`."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.keras"
+        float32_network(weights, config).save(path)
+        return path.read_bytes()
+
+
+def float32_network(weights: Mapping[str, np.ndarray], config: ModelConfig) -> keras.Model:
+    """A network of these weights that takes HU and gives probabilities.
 
     It is made on the CPU: beside it the training may use all of a GPU's memory.
     """
@@ -66,9 +74,6 @@ def export_model(weights: Mapping[str, np.ndarray], config: ModelConfig) -> byte
         with tf.device("CPU:0"):
             copy = build_unet(config)
             assign(copy.weights, weights, "model.keras")
+            return with_probability(copy, config)
     finally:
         keras.mixed_precision.set_dtype_policy(policy)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.keras"
-        with_probability(copy, config).save(path)
-        return path.read_bytes()
