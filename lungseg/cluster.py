@@ -9,16 +9,19 @@ import os
 import secrets
 import signal
 import socket
+import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from lungseg.errors import ConfigError, LungsegError, StorageError
 from lungseg.show import duration
 from lungseg.telemetry import Progress, Relay, log, waiting
+from lungseg.warm import Server
 
 # Read when Ray is imported. Under `uv run`, Ray would ship the working folder and build a second
 # virtual environment for its workers; ours have the same one already.
@@ -38,6 +41,7 @@ worker_lines = ExitStack()
 """Shows what workers on this machine log; closed at the end, or earlier by who wants the last word."""
 atexit.register(worker_lines.close)
 _relays: list[Relay] = []
+_warm: list[Server] = []
 
 
 def show_worker_lines() -> None:
@@ -68,6 +72,23 @@ def await_store(check: Callable[[], None], minutes: float) -> None:
                 told = time.monotonic()
                 log("cluster").info("waiting for the store, %s: %s", duration(spent), error.message)
         time.sleep(_LOOK_SECONDS)
+
+
+def warm_up(first: str, with_ray: str) -> None:
+    """Begin to import what the workers of a local Ray will need, as `Server.preload` has it, while the driver
+    is busy with other things. On a cluster nothing is done."""
+    if not on_a_cluster():
+        _server().preload(first, with_ray)
+
+
+def _server() -> Server:
+    """The server by which the present local Ray starts its workers, or the next one will."""
+    runs = "ray" in sys.modules and sys.modules["ray"].is_initialized()
+    if _warm and _warm[0].taken and not runs:
+        _warm.pop().close()
+    if not _warm:
+        _warm.append(Server())
+    return _warm[0]
 
 
 def connect() -> Any:
@@ -159,9 +180,11 @@ def _start_local(ray: Any) -> None:
     # Where Ray has no token it would write one to the home folder, which need not be there, nor be writable.
     if not os.path.isfile(os.environ.get("RAY_AUTH_TOKEN_PATH") or os.path.expanduser("~/.ray/auth_token")):
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    server = _server()
+    server.taken = True
     for attempt in (1, 2, 3):
         try:
-            with _loopback_stays():
+            with _loopback_stays(), _whole_or_nothing():
                 ray.init(
                     address="local",
                     _node_ip_address="127.0.0.1",
@@ -169,6 +192,7 @@ def _start_local(ray: Any) -> None:
                     object_store_memory=_OBJECT_STORE_BYTES,
                     logging_level=logging.ERROR,
                     log_to_driver=log("cluster").isEnabledFor(logging.DEBUG),
+                    runtime_env={"py_executable": server.executable},
                 )
             return
         except (ConnectionError, TimeoutError):
@@ -182,6 +206,25 @@ def _start_local(ray: Any) -> None:
                 raise
             log("cluster").warning("Ray did not start in time, trying again: %s", error)
             ray.shutdown()
+
+
+@contextmanager
+def _whole_or_nothing() -> Iterator[None]:
+    """A start that fails leaves none of Ray's processes, which would slow down the next."""
+    before = _children()
+    try:
+        yield
+    except Exception:
+        for process in _children() - before:
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        raise
+
+
+def _children() -> set[int]:
+    return {
+        int(one) for path in Path("/proc/self/task").glob("*/children") for one in path.read_text().split()
+    }
 
 
 @contextmanager

@@ -8,12 +8,14 @@ training: pushes leave from a thread of their own, one at a time, and a silent e
 from __future__ import annotations
 
 import math
+import os
 import secrets
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Metric, start_http_server
@@ -23,10 +25,14 @@ from lungseg.errors import ConfigError
 from lungseg.telemetry import GROUP_METRICS, RESTARTS, log
 
 NAME = NAMESPACE = "lungseg-exporter"
-_GENERATION = secrets.token_hex(8)
-"""Of this process: its counters began at 0 with it."""
 _START_SECONDS, _ANSWER_SECONDS = 30.0, 2.0
 _log = log("exporter")
+
+
+@cache
+def _generation(process: int) -> str:
+    """Of this process, which may be a fork of another: its counters began at 0 with it."""
+    return secrets.token_hex(8)
 
 
 @dataclass(frozen=True)
@@ -217,7 +223,7 @@ def count_restart(exporter: Any | None, source: Source) -> None:
 
 def _push_now(exporter: Any, source: Source, registry: CollectorRegistry) -> Any:
     """Hand a registry's samples to Ray, without waiting; the future of the exporter's answer."""
-    return exporter.push.remote(source, _GENERATION, list(_samples(registry.collect())))
+    return exporter.push.remote(source, _generation(os.getpid()), list(_samples(registry.collect())))
 
 
 def _samples(families: Iterable[Metric]) -> Iterator[Metric]:

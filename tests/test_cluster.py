@@ -6,6 +6,7 @@ Each in a process of its own, since the session has a Ray already.
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from lungseg.cluster import _wait_for_answer, await_store
+from lungseg.cluster import _wait_for_answer, _whole_or_nothing, await_store
 from lungseg.errors import StorageError
 from lungseg.telemetry import log
 
@@ -125,3 +126,20 @@ def test_nobody_else_in_the_network_reaches_a_local_ray(ray_cluster: object) -> 
     ]
     assert len(heard) > 5
     assert {address.removeprefix("::ffff:") for address in heard} == {"127.0.0.1"}
+
+
+def test_a_ray_that_did_not_start_in_time_leaves_no_process() -> None:
+    sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
+    begun: list[subprocess.Popen[bytes]] = []
+
+    @_whole_or_nothing()
+    def start() -> None:
+        begun.append(subprocess.Popen(sleep))
+        raise RuntimeError
+
+    with subprocess.Popen(sleep) as earlier:
+        with pytest.raises(RuntimeError):
+            start()
+        assert begun[0].wait(30) == -signal.SIGKILL
+        assert earlier.poll() is None
+        earlier.kill()

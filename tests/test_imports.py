@@ -21,6 +21,7 @@ ROOMS: dict[str, set[str]] = {
     "storage": {"show"},
     "telemetry": {"storage"},
     "exporter": {"storage"},
+    "warm": {"errors", "show", "config", "storage", "telemetry", "exporter"},
     "cluster": {"storage"},
     "scan": {"storage"},
     "dataset": set(),
@@ -112,7 +113,7 @@ def test_only_storage_speaks_to_object_stores() -> None:
 
 
 def test_only_a_few_modules_know_ray() -> None:
-    allowed = {"lungseg.cluster", "lungseg.dataset.prepare", "lungseg.exporter"}
+    allowed = {"lungseg.cluster", "lungseg.warm", "lungseg.dataset.prepare", "lungseg.exporter"}
     allowed |= {"lungseg.tune.search", "lungseg.submit.jobs"}
     allowed |= {f"lungseg.train.{name}" for name in ("launch", "ready", "stop", "worker")}
     assert users("ray") <= allowed

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from logging import DEBUG
 from typing import Any
 
-from lungseg.cluster import await_store, connect
+from lungseg.cluster import await_store, connect, warm_up
 from lungseg.config import Recipe
 from lungseg.dataset.manifest import Manifest, load_manifest
 from lungseg.errors import LungsegError, RunError
@@ -23,7 +23,7 @@ from lungseg.train.job import LEFT, Job
 from lungseg.train.ready import missing_nodes_told, ready_workers
 from lungseg.train.resources import worker_resources
 from lungseg.train.stop import heed_signals, is_marked, unmarked
-from lungseg.train.worker import backend_config, work
+from lungseg.train.worker import IMPORTS, backend_config, work
 
 
 def train(store: Store, data: str, run: str, recipe: Recipe, mode: Mode = "fresh") -> Best:
@@ -40,6 +40,7 @@ def train(store: Store, data: str, run: str, recipe: Recipe, mode: Mode = "fresh
     if ended:
         return ended
     check_fit(manifest, recipe, "train")  # told before Ray takes its seconds
+    warm_up(*IMPORTS)
     # A run that cannot start must not claim the name.
     resources = ready_workers(recipe, source_of(keys.run_root(run)))
     opened = open_run(store, run, manifest, recipe, mode)

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,6 +20,8 @@ from lungseg.train.job import DRAINS, LEFT, Job, Session
 from lungseg.train.notice import heed_sigterm, was_asked
 from lungseg.train.stop import clear_mark, set_mark, watch_for_stop
 
+IMPORTS = ("lungseg.train.worker:import_tensorflow", "lungseg.train.worker:import_ray_train")
+"""What a worker begins with where somebody imports it ahead, without Ray and with it."""
 _held: list[socket.socket] = []
 
 
@@ -76,24 +79,37 @@ def _meet(addresses: list[str], rank: int) -> None:
     )
 
 
-def work(config: dict[str, Any]) -> None:
-    """The body of a Ray Train worker. TensorFlow is first imported here, in its own process."""
+def import_tensorflow() -> None:
+    """What a worker needs of it; no device is looked at, for that does not outlive a fork."""
     if not log("train").isEnabledFor(logging.DEBUG):
         os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # what its errors lead to is raised as well
+    # Of TensorFlow's own log the driver gets warnings and errors.
+    logging.getLogger("tensorflow").setLevel(logging.WARNING)
+    with quiet_tensorflow(told=False):
+        import lungseg.train.loop  # noqa: F401
+
+
+def import_ray_train() -> None:
+    import ray.train
+    import ray.train.v2._internal.execution.controller  # noqa: F401
+
+
+def work(config: dict[str, Any]) -> None:
+    """The body of a Ray Train worker."""
+    if not log("train").isEnabledFor(logging.DEBUG):
         logging.getLogger().setLevel(logging.WARNING)  # Ray tells of each epoch, and boto3 where it looked
     import ray.train
     from ray.train.collective import broadcast_from_rank_zero
 
     context = ray.train.get_context()
     watch_for_stop()
-    if context.get_world_rank() == 0:
+    if context.get_world_rank() == 0 and "tensorflow" not in sys.modules:
         log_wait("importing TensorFlow", 10)
-    # Of TensorFlow's own log the driver gets warnings and errors.
-    logging.getLogger("tensorflow").setLevel(logging.WARNING)
-    with quiet_tensorflow(told=False):
-        from lungseg.train.loop import run_worker
-        from lungseg.train.strategy import look_for_devices
+    import_tensorflow()
+    from lungseg.train.loop import run_worker
+    from lungseg.train.strategy import look_for_devices
 
+    with quiet_tensorflow(told=False):
         look_for_devices()
 
     set_mark("training")

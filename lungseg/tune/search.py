@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lungseg.cluster import await_store, connect
+from lungseg.cluster import await_store, connect, warm_up
 from lungseg.config import Recipe
 from lungseg.config.stored import stored_recipe
 from lungseg.dataset.manifest import Manifest, load_manifest
@@ -27,6 +27,7 @@ from lungseg.train.launch import fit, source_of
 from lungseg.train.ready import ready_workers
 from lungseg.train.resources import trial_resources
 from lungseg.train.stop import set_mark
+from lungseg.train.worker import IMPORTS
 from lungseg.tune.earlier import earlier_trials
 from lungseg.tune.page import render
 from lungseg.tune.promote import drop_losers, promote, winner
@@ -65,6 +66,7 @@ def tune(
     check_space(recipe)
     earlier = earlier_trials(store, warm_start, manifest, recipe) if warm_start else []
     root = keys.run_root(run)
+    warm_up(*IMPORTS)
     ready_workers(recipe, source_of(root))  # a run that cannot start must not claim the name
     attempt = open_run(store, run, manifest, recipe, mode, kind="tune").attempt
     with tempfile.TemporaryDirectory(prefix="lungseg-tune-", ignore_cleanup_errors=True) as folder:

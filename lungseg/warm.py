@@ -1,0 +1,185 @@
+"""Processes that begin with their imports done: a server imports once, and forks each worker that Ray starts.
+
+A worker of Ray Train imports TensorFlow, Ray and pandas for some 15 s of a core. One that is forked from a
+process that has them needs a tenth of a second, and shares their memory with its siblings. Ray starts its
+workers by the command `Server.executable`: this module, which hands arguments, environment and open files of
+the worker to the server. Where none answers, the worker starts as it ever did.
+
+The server itself does nothing but import: neither threads nor devices outlive a fork.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import logging
+import os
+import runpy
+import selectors
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from typing import Any, NoReturn
+
+_MESSAGE_BYTES = 1 << 16
+_WAITING = 128
+_OOM_SCORE = "/proc/self/oom_score_adj"
+# What Ray reads when it is imported, so that a server is of use to one job of one node.
+_OF_RAY = ("RAY_JOB_ID", "RAY_RAYLET_PID")
+
+
+class Server:
+    """A server that ends with this process, however that ends, or by `close`. It is of use to one Ray, whose
+    start sets `taken`."""
+
+    def __init__(self) -> None:
+        self.taken = False
+        self._folder = tempfile.TemporaryDirectory(prefix="lungseg-warm-", ignore_cleanup_errors=True)
+        self._path = os.path.join(self._folder.name, "socket")
+        with socket.socket(socket.AF_UNIX) as listening:
+            listening.bind(self._path)
+            listening.listen(_WAITING)
+            # Nobody writes to this pipe: its end tells the server that this process has gone.
+            gone, self._here = os.pipe()
+            files = (listening.fileno(), gone)
+            command = [sys.executable, "-m", "lungseg.warm", "--serve", *map(str, files)]
+            self._process = subprocess.Popen(
+                command, pass_fds=files, stdin=subprocess.DEVNULL, start_new_session=True
+            )
+            os.close(gone)
+
+    @property
+    def executable(self) -> str:
+        """A shell's words that start a Python process by this server, as Ray's `py_executable` wants them."""
+        return f"{shlex.quote(sys.executable)} -m lungseg.warm {shlex.quote(self._path)}"
+
+    def preload(self, first: str, with_ray: str) -> None:
+        """Have two functions, each "module:function", called in the server for what they import: `first` now,
+        and `with_ray` once Ray can be imported, which is when it starts its first worker."""
+        with suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(self._path)
+            connection.sendall(json.dumps({"preload": [first, with_ray]}).encode())
+
+    def close(self) -> None:
+        os.close(self._here)
+        self._process.wait()
+        self._folder.cleanup()
+
+
+@dataclass(frozen=True)
+class _Start:
+    """What makes a process: as execve would have it, with folder and the kernel's word on who dies first."""
+
+    arguments: list[str]
+    environment: dict[str, str]
+    folder: str
+    oom_score: str
+
+
+def _start(path: str, arguments: list[str]) -> NoReturn:
+    """Have the server at `path` fork what this process was to become, then end: Ray is told the other's id by
+    itself."""
+    with open(_OOM_SCORE, encoding="ascii") as oom_score:
+        start = _Start(arguments, dict(os.environ), os.getcwd(), oom_score.read())
+    with suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(path)
+        socket.send_fds(connection, [b" "], [0, 1, 2])
+        connection.sendall(json.dumps({"start": asdict(start)}).encode())
+        connection.shutdown(socket.SHUT_WR)
+        if connection.recv(1):
+            os._exit(0)
+    os.execv(sys.executable, [sys.executable, *arguments])
+
+
+class _Forks:
+    """What the server does, until the pipe `gone` ends."""
+
+    def __init__(self, listening: socket.socket, gone: int) -> None:
+        self._listening, self._gone, self._ready = listening, gone, selectors.DefaultSelector()
+        self._of_ray: list[str | None] | None = None  # the job whose workers it forks, once there is one
+        self._with_ray: list[str] = []
+
+    def serve(self) -> None:
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for file in (self._listening, self._gone):
+            self._ready.register(file, selectors.EVENT_READ)
+        while self._gone not in {key.fd for key, _ in self._ready.select()}:
+            connection, _ = self._listening.accept()
+            with connection:
+                self._answer(connection)
+
+    def _answer(self, connection: socket.socket) -> None:
+        message, files = _receive(connection)
+        if "preload" in message:
+            first, with_ray = message["preload"]
+            self._import(first)
+            self._with_ray.append(with_ray)
+        elif "start" in message:
+            start = _Start(**message["start"])
+            if self._knows(start):
+                if os.fork() == 0:
+                    for inherited in (self._ready, self._listening, connection):
+                        inherited.close()
+                    os.close(self._gone)
+                    _become(start, files)
+                with suppress(OSError):  # who asked may have been ended meanwhile
+                    connection.sendall(b"1")
+        for file in files:
+            os.close(file)
+
+    def _knows(self, start: _Start) -> bool:
+        """Whether Ray, once imported as it is here, is right for that worker."""
+        theirs = [start.environment.get(name) for name in _OF_RAY]
+        if self._of_ray is None:
+            self._of_ray = theirs
+            os.environ.update(start.environment)
+            import ray._private.workers.default_worker  # noqa: F401
+        while self._with_ray:
+            self._import(self._with_ray.pop())
+        return self._of_ray == theirs
+
+    def _import(self, function: str) -> None:
+        module, _, name = function.partition(":")
+        getattr(importlib.import_module(module), name)()
+        gc.freeze()  # what the collector does not touch stays shared
+
+
+def _receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
+    data, files, _, _ = socket.recv_fds(connection, _MESSAGE_BYTES, 3)
+    while part := connection.recv(_MESSAGE_BYTES):
+        data += part
+    return (json.loads(data) if data.endswith(b"}") else {}), files
+
+
+def _become(start: _Start, files: list[int]) -> NoReturn:
+    """Go on as the process that was to be started."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.setsid()  # Ray ends what is left of a worker's process group
+    for target, file in enumerate(files):
+        os.dup2(file, target)
+        os.close(file)
+    os.environ.clear()
+    os.environ.update(start.environment)
+    os.chdir(start.folder)
+    with suppress(OSError), open(_OOM_SCORE, "w", encoding="ascii") as oom_score:
+        oom_score.write(start.oom_score)
+    # Its lines go where its own environment says, from its next line on.
+    logging.getLogger("lungseg").handlers.clear()
+    sys.argv = start.arguments
+    runpy.run_path(start.arguments[0], run_name="__main__")
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "--serve":
+        _Forks(socket.socket(fileno=int(sys.argv[2])), int(sys.argv[3])).serve()
+    else:
+        _start(sys.argv[1], sys.argv[2:])
