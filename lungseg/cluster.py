@@ -87,8 +87,22 @@ def _server() -> Server:
     if _warm and _warm[0].taken and not runs:
         _warm.pop().close()
     if not _warm:
-        _warm.append(Server())
+        with _rays_folder() as folder:
+            _warm.append(Server(folder))
     return _warm[0]
+
+
+@contextmanager
+def _rays_folder() -> Iterator[str]:
+    """Where Ray has its sockets: what goes wrong there is the folder's fault, and told as such."""
+    folder = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    try:
+        yield folder
+    except (ConnectionError, TimeoutError):
+        raise
+    except OSError as error:  # also of a path too long for a socket, which has 107 bytes
+        remedy = "set RAY_TMPDIR to a short path, such as /tmp, that this user may write to"
+        raise ConfigError("ray-folder", folder=folder, message=str(error), remedy=remedy) from error
 
 
 def connect() -> Any:
@@ -184,7 +198,7 @@ def _start_local(ray: Any) -> None:
     server.taken = True
     for attempt in (1, 2, 3):
         try:
-            with _loopback_stays(), _whole_or_nothing():
+            with _rays_folder(), _loopback_stays(), _whole_or_nothing():
                 ray.init(
                     address="local",
                     _node_ip_address="127.0.0.1",
@@ -195,12 +209,6 @@ def _start_local(ray: Any) -> None:
                     runtime_env={"py_executable": server.executable},
                 )
             return
-        except (ConnectionError, TimeoutError):
-            raise
-        except OSError as error:  # also of a path too long for a socket, which has 107 bytes
-            folder = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
-            remedy = "set RAY_TMPDIR to a short path, such as /tmp, that this user may write to"
-            raise ConfigError("ray-folder", folder=folder, message=str(error), remedy=remedy) from error
         except Exception as error:
             if attempt == 3 or type(error) is not Exception:  # which Ray raises for just that
                 raise

@@ -36,11 +36,13 @@ _OF_RAY = ("RAY_JOB_ID", "RAY_RAYLET_PID")
 
 class Server:
     """A server that ends with this process, however that ends, or by `close`. It is of use to one Ray, whose
-    start sets `taken`."""
+    start sets `taken`. Its socket is in a folder of its own in `folder`; raises OSError where none can be."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: str) -> None:
         self.taken = False
-        self._folder = tempfile.TemporaryDirectory(prefix="lungseg-warm-", ignore_cleanup_errors=True)
+        self._folder = tempfile.TemporaryDirectory(
+            prefix="lungseg-warm-", dir=folder, ignore_cleanup_errors=True
+        )
         self._path = os.path.join(self._folder.name, "socket")
         with socket.socket(socket.AF_UNIX) as listening:
             listening.bind(self._path)

@@ -28,7 +28,7 @@ print("told", file=sys.stderr, flush=True)
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    found = Server()
+    found = Server("/tmp")
     yield found
     found.close()
 
@@ -72,7 +72,7 @@ def test_ray_is_imported_for_one_job_and_workers_of_another_start_anew(server: S
 
 
 def test_without_a_server_a_process_starts_as_ever(script: Path) -> None:
-    gone = Server()
+    gone = Server("/tmp")
     gone.close()
     found, _ = started(gone.executable, script)
     assert (found["parent"], found["ray"]) == (os.getpid(), False)
@@ -80,7 +80,7 @@ def test_without_a_server_a_process_starts_as_ever(script: Path) -> None:
 
 
 def test_a_server_ends_with_whoever_began_it_even_by_a_kill() -> None:
-    code = "from lungseg.warm import Server; s = Server(); print(s._process.pid, flush=True); input()"
+    code = "from lungseg.warm import Server; s = Server('/tmp'); print(s._process.pid, flush=True); input()"
     with subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as begun:

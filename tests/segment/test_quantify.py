@@ -285,7 +285,7 @@ def test_labels_without_sizes_are_the_same_voxels() -> None:
     config = SegmentConfig(threshold=0.55, min_volume_mm3=0)
     labels = components(probability.astype(np.float32), config, working.spacing_mm)
     volume = Volume(np.zeros(scan.shape_zyx, np.int16), scan)
-    sized, nodules = quantify(labels, probability.astype(np.float32), working, volume, config)
+    sized, nodules, _ = quantify(labels, probability.astype(np.float32), working, volume, config)
     plain, boxes = labels_on_scan(labels, probability.astype(np.float32), working, scan, 0.55)
     assert len(nodules) > 5
     assert len(boxes) == len(nodules)

@@ -183,8 +183,9 @@ def test_an_exception_leaves_no_thread_and_waits_for_reads_under_way_only(tmp_pa
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
-    # Hundreds of batches were ahead; two rounds of reads for the first batch and one under way may pass.
-    assert time.monotonic() - began < 2
+    # Hundreds of batches were ahead, and their reads would take minutes; two rounds of reads for the first
+    # batch and one under way may pass.
+    assert time.monotonic() - began < 10
     assert len(store.begun) < 10
     assert not our_threads()
 
