@@ -1,4 +1,4 @@
-"""What `lungseg doctor` looks at: this machine, its libraries, its devices, a store."""
+"""What `lungseg doctor` looks at: this machine, its libraries, its devices, a store, a cluster."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 
 from lungseg.errors import LungsegError
 from lungseg.telemetry import quiet_tensorflow
@@ -26,7 +27,7 @@ class Finding:
     remedy: str = ""
 
 
-def examine(store_uri: str | None) -> list[Finding]:
+def examine(store_uri: str | None, address: str | None = None) -> list[Finding]:
     """Every check, in the order a new user would ask; none changes anything but a probe object.
 
     Where the system is none that lungseg knows, the checks after that would be guesses.
@@ -37,7 +38,8 @@ def examine(store_uri: str | None) -> list[Finding]:
         findings.append(check())
         if check is _system and not findings[-1].ok:
             return findings
-    return [*findings, _store(store_uri)] if store_uri else findings
+    findings += [_store(store_uri)] if store_uri else []
+    return findings + (examine_cluster(address) if address else [])
 
 
 def _python() -> Finding:
@@ -115,3 +117,48 @@ def _store(uri: str) -> Finding:
         return Finding("store", False, f"{uri}: {error.code}", error.remedy)
     remedy = "use a server that supports ranged GET and PUT with If-None-Match"
     return Finding("store", first and not second and whole, f"{uri}: read, write, put-if-absent", remedy)
+
+
+def examine_cluster(address: str) -> list[Finding]:
+    """Whether a cluster answers, takes the token of this environment, and is verified by a certificate.
+    Nothing that is secret is shown."""
+    from lungseg.submit.jobs import Cluster
+
+    sent, here = _token_source(), version("ray")
+    try:
+        cluster = Cluster(address)
+        there, asked = cluster.ray_version, cluster.asks_for_token
+    except LungsegError as error:
+        refused = error.code == "cluster-refused"
+        said = "answers" if refused else error.code
+        return [
+            Finding("cluster", refused, f"{address}: {said}; Ray {here} here", error.remedy),
+            Finding("token", not refused, f"{sent}: {'refused' if refused else 'not tried'}", error.remedy),
+            _tls(address),
+        ]
+    taken = "accepted" if asked else "none is asked for: whoever reaches the cluster runs code on it"
+    versions = f"Ray {there} there, {here} here"
+    answers = Finding("cluster", True, f"{address}: answers; {versions}")
+    return [answers, Finding("token", True, f"{sent}: {taken}"), _tls(address)]
+
+
+def _token_source() -> str:
+    """Where Ray takes the token from, in its own order."""
+    mode = os.environ.get("RAY_AUTH_MODE")
+    if mode != "token":
+        return f"none is sent (RAY_AUTH_MODE={mode or ''})"
+    file = os.environ.get("RAY_AUTH_TOKEN_PATH") or os.path.expanduser("~/.ray/auth_token")
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        return "of RAY_AUTH_TOKEN"
+    return f"of {file}" if os.path.isfile(file) else "RAY_AUTH_MODE=token, and there is none"
+
+
+def _tls(address: str) -> Finding:
+    named = ("RAY_TLS_CA_CERT", "RAY_TLS_SERVER_CERT", "RAY_TLS_SERVER_KEY")
+    files = {name: os.environ[name] for name in named if os.environ.get(name)}
+    missing = [f"{name}={file}" for name, file in files.items() if not os.access(file, os.R_OK)]
+    by = "RAY_TLS_CA_CERT" if "RAY_TLS_CA_CERT" in files else "this machine's certificates"
+    found = f"verified by {by}" if address.startswith("https://") else "none: the address is no https://"
+    among = f"; among Ray's processes: RAY_USE_TLS={os.environ.get('RAY_USE_TLS', '0')}"
+    unread = f"; not readable: {', '.join(missing)}" if missing else ""
+    return Finding("tls", not missing, found + among + unread, "name files that this user can read")

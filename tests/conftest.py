@@ -73,14 +73,19 @@ def s3_uri(s3_server: S3Server) -> str:
 
 
 @pytest.fixture
-def refusing_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """AWS_ENDPOINT_URL names a port where nobody listens."""
+def refusing_port() -> Iterator[int]:
+    """Where nobody listens."""
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))  # bound, and not listening: nobody else gets the port
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{closed.getsockname()[1]}")
-        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
-        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "nothing")
-        yield
+        yield closed.getsockname()[1]
+
+
+@pytest.fixture
+def refusing_server(monkeypatch: pytest.MonkeyPatch, refusing_port: int) -> None:
+    """AWS_ENDPOINT_URL names a port where nobody listens."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{refusing_port}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "nothing")
 
 
 @pytest.fixture(scope="session")

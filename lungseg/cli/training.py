@@ -37,17 +37,17 @@ def train(
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run of this name.")] = False,
     new: Annotated[bool, typer.Option("--new", help="Begin the run of this name anew.")] = False,
-    submitted: Submitted = False,
+    submitted: Submitted = None,
 ) -> None:
     """Train a network. Checkpoints and the best model go to the store."""
-    from lungseg.storage import keys, open_store
+    from lungseg.storage import open_store
     from lungseg.train.launch import train as run_training
 
     if resume and new:
         raise ConfigError("flags-contradict", remedy="give --resume or --new, not both")
     mode: Mode = "resume" if resume else "new" if new else "fresh"
-    stored = (store, keys.submitted(keys.run_root(run))) if submitted else None
-    best = run_training(open_store(store), data, run, read_recipe(recipe, overrides, stored), mode)
+    settings = read_recipe(recipe, overrides, store, submitted)
+    best = run_training(open_store(store), data, run, settings, mode)
     print(f"published: {val_dice_text(best.val_dice)} after epoch {best.epoch}, {best.checkpoint}")
     print(f"get it with: lungseg pull --store {store} --run {run} --out DIR")
 
@@ -67,17 +67,16 @@ def tune(
         str | None,
         typer.Option("--warm-start", callback=checked_if_given, help="Learn from this earlier sweep."),
     ] = None,
-    submitted: Submitted = False,
+    submitted: Submitted = None,
 ) -> None:
     """Search settings (tune.space). The best trial becomes the run's best."""
-    from lungseg.storage import keys, open_store
+    from lungseg.storage import open_store
     from lungseg.tune.search import tune as search
     from lungseg.tune.table import HEADER, cells
 
     if trials is None and minutes is None:
         raise ConfigError("budget-missing", remedy="give --trials, --minutes or both")
-    stored = (store, keys.submitted(keys.run_root(run))) if submitted else None
-    settings = read_recipe(recipe, [*read_space(space), *(overrides or [])], stored)
+    settings = read_recipe(recipe, [*read_space(space), *(overrides or [])], store, submitted)
     mode: Mode = "resume" if resume else "fresh"
     rows = search(open_store(store), data, run, settings, trials, mode, minutes, warm_start)
     print(table(HEADER, [cells(row) for row in rows]))

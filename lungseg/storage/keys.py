@@ -94,9 +94,9 @@ def metrics(root: str) -> str:
     return f"{root}/metrics.jsonl"
 
 
-def submitted(root: str) -> str:
-    """The recipe with which `lungseg submit` started a job for this run or data set."""
-    return f"{root}/submitted.json"
+def submitted(root: str, digest: str) -> str:
+    """A recipe with which `lungseg submit` started a job for this run or data set."""
+    return f"{root}/submitted-{digest}.json"
 
 
 def progress(root: str) -> str:

@@ -12,13 +12,14 @@ from helpers.balls import write_balls
 
 from lungseg import cli
 from lungseg.config import load_recipe
-from lungseg.errors import StorageError
+from lungseg.errors import RunError, StorageError
 from lungseg.runs import progress
 from lungseg.runs.lease import claim
 from lungseg.runs.progress import Heart, Progress
 from lungseg.runs.run import open_run
 from lungseg.storage import FolderStore, Store, to_json
-from lungseg.submit.status import status_of
+from lungseg.submit.jobs import Job, Waiting
+from lungseg.submit.status import check_committed, status_of
 
 TRAINING = Progress(
     claim=2, doing="training", epoch=3, epochs=100, step=57, steps=600,
@@ -58,6 +59,46 @@ def test_a_run_that_died_without_a_word_is_lost_and_one_that_said_so_is_not(stor
     assert status_of(store, "r", now=1500.0).state == "stopped"
     tell(store, replace(TRAINING, doing="failed", error="loss-not-finite (run=r). Remedy: …"))
     assert status_of(store, "r", now=1500.0).lines()[-1] == "  loss-not-finite (run=r). Remedy: …"
+
+
+JOB = Job("train-r", "train", "r", "RUNNING", began=900.0)
+TOLD_AT = 1000.0  # TRAINING's
+WAITS = Waiting("1 x 2 CPU", 1040.0)
+
+
+@pytest.mark.parametrize(
+    ("state", "job", "waits"),
+    [
+        ("training", JOB, None),
+        ("starting", replace(JOB, began=1005.0), None),
+        ("waiting", replace(JOB, began=1005.0), WAITS),
+        ("lost", replace(JOB, state="FAILED", ended=1001.0, exit_code=-9), None),
+        ("failed", replace(JOB, state="FAILED", ended=1001.0, exit_code=2, message="…\nwhy\n"), None),
+        ("stopped", replace(JOB, state="STOPPED", ended=1001.0), None),
+        ("training", replace(JOB, state="FAILED", began=100.0, ended=110.0), None),  # by others, since
+    ],
+)
+def test_a_run_and_its_job_are_one_truth(store: Store, state: str, job: Job, waits: Waiting | None) -> None:
+    tell(store, replace(TRAINING, told=TOLD_AT))
+    found = status_of(store, "r", job, waits, now=1050.0)
+    assert found.state == state
+    assert ("  why" in found.lines()) == (state == "failed")
+
+
+def test_a_job_that_has_not_begun_its_run_says_what_it_waits_for(store: Store) -> None:
+    assert status_of(store, "new", replace(JOB, name="new", id="train-new"), WAITS, now=1050.0).lines() == [
+        "new (train): waiting",
+        "  job train-new: RUNNING for 2 min, waits for 1 x 2 CPU since 10 s",
+    ]
+
+
+def test_who_was_ended_in_mid_step_is_told_from_who_committed_it(store: Store) -> None:
+    tell(store, TRAINING)
+    trains = status_of(store, "r", now=1050.0)
+    with pytest.raises(RunError, match="stopped-uncommitted"):
+        check_committed(trains, trains)
+    tell(store, replace(TRAINING, doing="stopped"))
+    check_committed(trains, status_of(store, "r", now=1050.0))
 
 
 def test_for_programs_it_is_json(store: FolderStore, capsys: pytest.CaptureFixture[str]) -> None:
