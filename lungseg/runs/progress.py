@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, Self
 
@@ -14,7 +14,7 @@ from lungseg.storage import Store, keys, to_json
 from lungseg.telemetry import log
 
 BEAT_SECONDS = 15.0
-Doing = Literal["starting", "training", "validating", "ended", "stopped", "failed"]
+Doing = Literal["starting", "training", "validating", "searching", "ended", "stopped", "failed"]
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,21 @@ class Heart:
             return
         self.tell(doing=doing, error=error)
         self._write()
+
+    @contextmanager
+    def beating(self, doing: Doing) -> Iterator[None]:
+        """From the begin of the block to its end, however it ends."""
+        self.tell(doing=doing)
+        self.start()
+        try:
+            yield
+        except KeyboardInterrupt:
+            self.end("stopped")
+            raise
+        except BaseException as error:
+            self.end("failed", str(error))
+            raise
+        self.end("ended")
 
     def _beat(self) -> None:
         self._write()

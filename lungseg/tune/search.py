@@ -71,19 +71,21 @@ def tune(
     attempt = open_run(store, run, manifest, recipe, mode, kind="tune").attempt
     with tempfile.TemporaryDirectory(prefix="lungseg-tune-", ignore_cleanup_errors=True) as folder:
         sweep = _Sweep(store, root, attempt, manifest, recipe, Path(folder))
-        with live(sys.stderr) as sweep.show:
+        with sweep.trials.heart.beating("searching"), live(sys.stderr) as sweep.show:
             sweep.trials.learn(earlier)
             sweep.settle()
             sweep.run(sweep.trials.to_come(trials or _AS_MANY_AS_FIT), minutes)
             if recipe.tune.seeds > 1:
                 sweep.run(sweep.trials.repeat_best(), None)
             found = sorted((t for t in sweep.trials.all() if t.state != "earlier"), key=by_score)
-    if winner(found) is None:
-        if sweep.error:
-            raise sweep.error
-        remedy = "read the errors above; try the recipe with `lungseg train` first"
-        raise RunError("no-trial", run=run, message="no trial finished an epoch", remedy=remedy)
+            if winner(found) is None:
+                raise sweep.error or _no_trial(run)
     return found
+
+
+def _no_trial(run: str) -> RunError:
+    remedy = "read the errors above; try the recipe with `lungseg train` first"
+    return RunError("no-trial", run=run, message="no trial finished an epoch", remedy=remedy)
 
 
 def _refuse_other_space(store: Store, run: str, recipe: Recipe, mode: Mode) -> None:

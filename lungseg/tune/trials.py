@@ -17,6 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 from lungseg.config import Recipe
 from lungseg.errors import ConfigError, LungsegError
 from lungseg.runs.lease import claim
+from lungseg.runs.progress import Heart
 from lungseg.storage import Store, keys
 from lungseg.tune.space import draw, with_values
 
@@ -59,12 +60,14 @@ class Trials:
 
     It is written through to the store at each change, so that a sweep goes on wherever its driver starts
     again; `trials.jsonl`, for people and scripts, is made from it. `folder` holds the working copy. Whoever
-    opens a sweep takes it over: an earlier driver's next write raises RunError("run-taken-over").
+    opens a sweep takes it over: an earlier driver's next write raises RunError("run-taken-over"). Its `heart`
+    tells that it lives.
     """
 
     def __init__(self, store: Store, root: str, recipe: Recipe, folder: Path) -> None:
         self._store, self._root, self._recipe = store, root, recipe
         self._lease = claim(store, root, secrets.token_hex(8))
+        self.heart = Heart(store, root, self._lease.number)
         self._journal = folder / "journal"
         if store.exists(keys.sweep_journal(root)):
             self._journal.write_bytes(store.get(keys.sweep_journal(root)))

@@ -21,6 +21,7 @@ from lungseg.errors import ConfigError, RunError
 from lungseg.runs.checkpoint import Checkpoints
 from lungseg.runs.run import load_run, pull_best
 from lungseg.storage import Store, open_store
+from lungseg.submit.status import status_of
 from lungseg.tune.search import tune
 from lungseg.tune.trials import Trial
 
@@ -109,6 +110,8 @@ def test_the_next_driver_ends_it_with_the_trials_it_had(searched: Any) -> None:
     log = store.get("runs/search/trials/0001/log.txt").decode()
     assert by_number[1].state == "complete" or "from epoch 1" in log
     assert rows(store) == [json.loads(json.dumps(vars(trial))) for trial in by_number]
+    told = status_of(store, "search")
+    assert (told.state, told.starts, sum(told.trials.values())) == ("ended", 2, TRIALS)
 
 
 @pytest.mark.slow
