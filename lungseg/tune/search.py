@@ -109,6 +109,10 @@ class _Sweep:
         self._published: Trial | None = None
         self.show: Callable[[Sequence[Trial]], None] = lambda trials: None
 
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        """Tune writes away what it would go on from, with locks in it; a sweep goes on from the store."""
+        return object, ()
+
     def settle(self) -> None:
         """End the trials that were interrupted, and whose workers lived on to the last epoch."""
 
