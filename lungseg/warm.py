@@ -18,6 +18,7 @@ import os
 import runpy
 import selectors
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -116,6 +117,7 @@ class _Forks:
             connection, _ = self._listening.accept()
             with connection:
                 self._answer(connection)
+        shutil.rmtree(os.path.dirname(self._listening.getsockname()), ignore_errors=True)
 
     def _answer(self, connection: socket.socket) -> None:
         message, files = _receive(connection)

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -79,19 +80,22 @@ def test_without_a_server_a_process_starts_as_ever(script: Path) -> None:
     assert found["arguments"] == [str(script), "--flag", "two words"]
 
 
-def test_a_server_ends_with_whoever_began_it_even_by_a_kill() -> None:
-    code = "from lungseg.warm import Server; s = Server('/tmp'); print(s._process.pid, flush=True); input()"
-    with subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as begun:
-        assert begun.stdout is not None
-        pid = int(begun.stdout.readline())
-        os.kill(begun.pid, signal.SIGKILL)
-    for _ in range(100):
-        if not Path(f"/proc/{pid}").exists():
-            return
-        time.sleep(0.1)
-    raise AssertionError("the server lives on")
+def test_a_server_ends_with_whoever_began_it_even_by_a_kill_and_leaves_nothing() -> None:
+    code = "import sys; from lungseg.warm import Server; server = Server(sys.argv[1]); "
+    code += "print(server._process.pid, flush=True); input()"
+    with TemporaryDirectory(dir="/tmp") as folder:  # a socket's path is to be short
+        command = [sys.executable, "-c", code, folder]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as begun:
+            assert begun.stdout is not None
+            pid = int(begun.stdout.readline())
+            assert os.listdir(folder)
+            os.kill(begun.pid, signal.SIGKILL)
+        for _ in range(100):
+            if not Path(f"/proc/{pid}").exists():
+                break
+            time.sleep(0.1)
+        assert not Path(f"/proc/{pid}").exists()
+        assert not os.listdir(folder)
 
 
 def test_the_workers_of_a_local_ray_begin_with_what_was_imported_for_them(ray_cluster: Any) -> None:
