@@ -36,6 +36,10 @@ class InstanceNorm(keras.layers.Layer):
             return tf.ensure_shape(tf.map_fn(self._sample, features), features.shape)
         return tf.stack([self._sample(sample) for sample in tf.unstack(features)])
 
+    def compute_output_shape(self, shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
+        """So that no loop is traced for it, which takes most of the time that building a network does."""
+        return shape
+
     def _sample(self, sample: tf.Tensor) -> tf.Tensor:
         shape = tf.shape(sample)
         # Four dimensions: for five, TensorFlow 2.21 has no kernel of oneDNN's.
