@@ -230,9 +230,11 @@ def _whole_or_nothing() -> Iterator[None]:
 
 
 def _children() -> set[int]:
-    return {
-        int(one) for path in Path("/proc/self/task").glob("*/children") for one in path.read_text().split()
-    }
+    found: set[int] = set()
+    for thread in Path("/proc/self/task").glob("*/children"):
+        with suppress(OSError):  # of a thread that has just ended
+            found.update(map(int, thread.read_text().split()))
+    return found
 
 
 @contextmanager
