@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy import ndimage
@@ -19,7 +20,6 @@ from scipy import ndimage
 from lungseg.scan.volume import Geometry, Volume, vector
 
 STEP_MM, STEPS_ACROSS = 0.35, 40
-LINEAR_FROM_MM = 60.0  # it takes less than 0.1 % of such a volume, and a spline half a minute of a whole body
 SPLINE_MARGIN = 8  # voxels; what lies beyond has a weight of less than 3e-5
 
 
@@ -45,10 +45,8 @@ class LevelSet:
 
     def denser_than(self, level_hu: float, volume: Volume) -> LevelSet:
         """The part of the nodule above `level_hu` in `volume`, whose HU are interpolated linearly."""
-        scale, shift = _between(self.geometry, volume.geometry)
-        hu = ndimage.affine_transform(
-            volume.volume_hu, scale, shift, self.values.shape, np.float32, order=1, mode="nearest"
-        )
+        near = _wider(self.box, 1, volume.geometry)
+        hu = _onto(self.geometry, volume.volume_hu[near], volume.geometry.part(near), order=1)
         values = np.minimum(self.values, (hu - level_hu) / 1000)
         return LevelSet(values, self.geometry, self.cuts_zyx, self.box)
 
@@ -72,10 +70,7 @@ def level_set(
     box = _around(tight, grid, scan)
     if not box:
         return None
-    near = tuple(
-        slice(max(0, side.start - SPLINE_MARGIN), min(side.stop + SPLINE_MARGIN, size))
-        for side, size in zip(tight, labels.shape, strict=True)
-    )
+    near = _wider(tight, SPLINE_MARGIN, grid)
     component = (labels[near] == label).astype(np.float32)
     volume_mm3 = np.count_nonzero(component) * math.prod(grid.spacing_mm)
     diameter_mm = (6 * volume_mm3 / math.pi) ** (1 / 3)
@@ -83,17 +78,22 @@ def level_set(
     depth, height, width = (2 * math.ceil((spacing / step_mm - 1) / 2) + 1 for spacing in scan.spacing_mm)
     cuts = (depth, height, width) if cut else (1, 1, 1)
     fine = _cut(scan, box, cuts)
-    scale, shift = _between(fine, grid.part(near))
-    values, reach = (
-        ndimage.affine_transform(array, scale, shift, fine.shape_zyx, np.float32, order=order, mode="nearest")
-        for array, order in ((probability[near], 3 if diameter_mm < LINEAR_FROM_MM else 1), (component, 1))
-    )
+    values = _onto(fine, probability[near], grid.part(near), order=3)
+    reach = _onto(fine, component, grid.part(near), order=1)
     values -= np.float32(threshold)
     outside = reach < 1e-3  # not 0, which rounding would decide
     for axis in range(3):
         outside.swapaxes(0, axis)[[0, -1]] = True
     values[outside] = -np.abs(values[outside])
     return LevelSet(values, fine, cuts, box)
+
+
+def _wider(box: tuple[slice, ...], voxels: int, grid: Geometry) -> tuple[slice, ...]:
+    """`box` and so many voxels more on each side, where `grid` has them."""
+    return tuple(
+        slice(max(0, side.start - voxels), min(side.stop + voxels, size))
+        for side, size in zip(box, grid.shape_zyx, strict=True)
+    )
 
 
 def _around(tight: tuple[slice, ...], grid: Geometry, scan: Geometry) -> tuple[slice, ...]:
@@ -118,9 +118,20 @@ def _cut(scan: Geometry, box: tuple[slice, ...], cuts: tuple[int, int, int]) -> 
     )
 
 
-def _between(source: Geometry, target: Geometry) -> tuple[np.ndarray, np.ndarray]:
-    """(scale [3, 3], shift [3]): indices (z, y, x) of `source` by scale and shift become those of
-    `target`."""
-    shift = target.to_index_zyx(source.to_lps_mm((0.0, 0.0, 0.0)))
-    scale = (target.to_index_zyx(source.to_lps_mm(np.eye(3))) - shift).T
-    return scale, shift
+def _onto(target: Geometry, array: np.ndarray, source: Geometry, order: int) -> np.ndarray:
+    """`array` on `source` as float32 on the grid `target`, by splines of `order`; beyond its ends it goes on
+    as it ends. The axes of both are parallel, in any order and sense: so each is interpolated by itself, a
+    product of matrices, in a tenth of the time of three at once."""
+    shift = source.to_index_zyx(target.to_lps_mm((0.0, 0.0, 0.0)))
+    scale = (source.to_index_zyx(target.to_lps_mm(np.eye(3))) - shift).T
+    partner = np.abs(scale).argmax(axis=1)  # of each axis of `source`
+    operands: list[Any] = [array.astype(np.float32, copy=False), [0, 1, 2]]
+    for axis, other in enumerate(partner):
+        size, fine = source.shape_zyx[axis], target.shape_zyx[other]
+        step, first = [scale[axis, other], 1], [shift[axis], 0]
+        weights = ndimage.affine_transform(
+            np.eye(size, dtype=np.float32), step, first, (fine, size), order=order, mode="nearest"
+        )
+        operands += [weights, [3 + other, axis]]
+    onto: np.ndarray = np.einsum(*operands, [3, 4, 5], optimize=True)
+    return np.ascontiguousarray(onto)
