@@ -80,7 +80,8 @@ class Heart:
             self.end("stopped")
             raise
         except BaseException as error:
-            self.end("failed", str(error))
+            stopped = isinstance(error, LungsegError) and error.code == "stopped"
+            self.end("stopped" if stopped else "failed", "" if stopped else str(error))
             raise
         self.end("ended")
 

@@ -43,9 +43,11 @@ def train(store: Store, data: str, run: str, recipe: Recipe, mode: Mode = "fresh
     warm_up(*IMPORTS)
     # A run that cannot start must not claim the name.
     resources = ready_workers(recipe, source_of(keys.run_root(run)))
-    opened = open_run(store, run, manifest, recipe, mode)
-    fit(store, keys.run_root(run), opened.attempt, manifest, recipe, init=opened.init, resources=resources)
-    best = Checkpoints(store, keys.run_root(run)).best()
+    opened, root = open_run(store, run, manifest, recipe, mode), keys.run_root(run)
+    connect()
+    with unmarked():
+        fit(store, root, opened.attempt, manifest, recipe, init=opened.init, resources=resources)
+    best = Checkpoints(store, root).best()
     assert best is not None  # every epoch that ends commits one
     return best
 
@@ -115,8 +117,7 @@ def fit(
         )
         try:
             log_wait("starting the workers", 10)
-            with unmarked():
-                _run(trainer)
+            _run(trainer)
         except Exception as error:
             cause = cause_of(error)
             if cause is error:

@@ -50,7 +50,7 @@ def _key(mark: _Mark, trial: str = "") -> str:
 @contextmanager
 def unmarked() -> Iterator[None]:
     """No mark of this Ray job is left behind. Whoever handles signals in the block, afterwards does so no
-    more."""
+    more. Ray must run."""
     before = [signal.getsignal(one) for one in _SIGNALS]
     try:
         yield

@@ -18,11 +18,12 @@ from lungseg.storage.base import DISK_FULL
 from lungseg.telemetry import WORKER_METRICS, log, log_wait, quiet_tensorflow
 from lungseg.train.job import DRAINS, LEFT, Job, Session
 from lungseg.train.notice import heed_sigterm, was_asked
-from lungseg.train.stop import clear_mark, set_mark, watch_for_stop
+from lungseg.train.stop import clear_mark, is_marked, set_mark, watch_for_stop
 
 IMPORTS = ("lungseg.train.worker:import_tensorflow", "lungseg.train.worker:import_ray_train")
 """What a worker begins with where somebody imports it ahead, without Ray and with it."""
 _held: list[socket.socket] = []
+_REMEDY = "start the same command again, with --resume"
 
 
 def backend_config() -> Any:
@@ -112,6 +113,8 @@ def work(config: dict[str, Any]) -> None:
     with quiet_tensorflow(told=False):
         look_for_devices()
 
+    if is_marked("stop"):  # of a sweep, whose other trials have something to commit
+        raise RunError(LEFT, message="no step was begun", remedy=_REMEDY)
     set_mark("training")
     group = ray.get_runtime_context().get_placement_group_id()  # of all workers; tuning frees it
     job: Job = config["job"]
@@ -166,5 +169,4 @@ def _leave(step: int) -> NoReturn:
     """End this worker, so that its group is started again, if need be elsewhere. A node that drains goes as
     soon as nobody works there, and whoever replaces it may come."""
     where = {"node": DRAINS} if _drain() is not None else {}
-    remedy = "start the same command again, with --resume"
-    raise RunError(LEFT, message=f"step {step} is committed", **where, remedy=remedy)
+    raise RunError(LEFT, message=f"step {step} is committed", **where, remedy=_REMEDY)

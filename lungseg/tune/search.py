@@ -18,7 +18,6 @@ from lungseg.config import Recipe
 from lungseg.config.stored import stored_recipe
 from lungseg.dataset.manifest import Manifest, load_manifest
 from lungseg.errors import LungsegError, RunError
-from lungseg.runs.checkpoint import Checkpoint, Checkpoints
 from lungseg.runs.fit import check_fit, on_data
 from lungseg.runs.run import Mode, load_run, open_run, refuse_taken, run_exists
 from lungseg.storage import Store, keys
@@ -26,7 +25,7 @@ from lungseg.telemetry import log
 from lungseg.train.launch import fit, source_of
 from lungseg.train.ready import ready_workers
 from lungseg.train.resources import trial_resources
-from lungseg.train.stop import set_mark
+from lungseg.train.stop import heed_signals, is_marked, set_mark, unmarked
 from lungseg.train.worker import IMPORTS
 from lungseg.tune.earlier import earlier_trials
 from lungseg.tune.page import render
@@ -73,7 +72,6 @@ def tune(
         sweep = _Sweep(store, root, attempt, manifest, recipe, Path(folder))
         with sweep.trials.heart.beating("searching"), live(sys.stderr) as sweep.show:
             sweep.trials.learn(earlier)
-            sweep.settle()
             sweep.run(sweep.trials.to_come(trials or _AS_MANY_AS_FIT), minutes)
             if recipe.tune.seeds > 1:
                 sweep.run(sweep.trials.repeat_best(), None)
@@ -86,6 +84,11 @@ def tune(
 def _no_trial(run: str) -> RunError:
     remedy = "read the errors above; try the recipe with `lungseg train` first"
     return RunError("no-trial", run=run, message="no trial finished an epoch", remedy=remedy)
+
+
+def _stopped(trials: int) -> RunError:
+    remedy = "the same command with --resume goes on from the steps they committed"
+    return RunError("stopped", message=f"trials under way: {trials}", remedy=remedy)
 
 
 def _refuse_other_space(store: Store, run: str, recipe: Recipe, mode: Mode) -> None:
@@ -113,24 +116,6 @@ class _Sweep:
         """Tune writes away what it would go on from, with locks in it; a sweep goes on from the store."""
         return object, ()
 
-    def settle(self) -> None:
-        """End the trials that were interrupted, and whose workers lived on to the last epoch."""
-
-        def newest(trial: Trial) -> Checkpoint | None:
-            return Checkpoints(self.store, keys.trial_root(self.root, trial.name)).newest(self.attempt)
-
-        def has_ended(trial: Trial) -> bool:
-            found = newest(trial)
-            return found is not None and found.state.ended(with_values(self.recipe, trial.values).train)
-
-        for number in self.trials.take_up(has_ended):
-            trial = self.trials.all()[number]
-            last = newest(trial)
-            if last and last.state.epoch not in trial.curve:  # it did not live on to its line of metrics
-                dice, seconds = last.state.metrics["val_dice"], last.state.metrics["seconds"]
-                self.trials.report(number, last.state.epoch, dice, seconds)
-            self.end(number, "complete")
-
     def run(self, count: int, minutes: float | None) -> None:
         """Run so many trials, if need be fewer in the minutes given."""
         if count == 0:
@@ -145,9 +130,8 @@ class _Sweep:
             tuner = ray_tune.Tuner(
                 # The trial only waits for its workers, which hold the cores; Tune wants it to ask for more.
                 ray_tune.with_resources(self._trial(each), {"CPU": 0, "memory": 1 << 20}),
+                # It is told of no metric: a trial that leaves before its first epoch has none to show.
                 tune_config=ray_tune.TuneConfig(
-                    metric="val_dice",
-                    mode="max",
                     num_samples=count,
                     search_alg=suggest,
                     scheduler=prune,
@@ -163,7 +147,11 @@ class _Sweep:
                 ),
             )
             try:
-                results = tuner.fit()
+                with unmarked():
+                    heed_signals(lambda: _log.info("stopping: no trial has begun a step"))
+                    results = tuner.fit()
+                    if is_marked("stop"):
+                        raise _stopped(len(self.trials.live()))
             except Exception as error:
                 ours = LungsegError.find_in(error)
                 if ours:
@@ -185,15 +173,20 @@ class _Sweep:
             from ray.tune.integration.ray_train import TuneReportCallback
 
             chosen = with_values(recipe, json.loads(choice["values"]))
-            fit(
-                store,
-                keys.trial_root(root, choice["trial"]),
-                attempt,
-                manifest,
-                chosen,
-                [TuneReportCallback()],
-                resources=resources,
-            )
+            try:
+                fit(
+                    store,
+                    keys.trial_root(root, choice["trial"]),
+                    attempt,
+                    manifest,
+                    chosen,
+                    [TuneReportCallback()],
+                    resources=resources,
+                )
+            except (Exception, KeyboardInterrupt) as error:
+                if not is_marked("stop"):
+                    raise
+                _log.info("trial %s: %s", choice["trial"], LungsegError.find_in(error) or "no step was begun")
 
         return trial
 
@@ -233,8 +226,8 @@ def _for_ray(sweep: _Sweep) -> tuple[Any, Any, Any]:
     stopped: set[int] = set()
 
     class Suggest(Searcher):
-        def suggest(self, trial_id: str) -> dict[str, str]:
-            return sweep.begin()
+        def suggest(self, trial_id: str) -> Any:
+            return Searcher.FINISHED if is_marked("stop") else sweep.begin()
 
         def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
             """`Record` is told with the trial itself."""
@@ -254,8 +247,10 @@ def _for_ray(sweep: _Sweep) -> tuple[Any, Any, Any]:
 
     class Record(Callback):
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            _free(trial)
-            sweep.end(_number(trial), "pruned" if _number(trial) in stopped else "complete")
+            pruned = _number(trial) in stopped
+            if pruned or not is_marked("stop"):  # else the next driver goes on with it
+                _free(trial)
+                sweep.end(_number(trial), "pruned" if pruned else "complete")
 
         def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             _free(trial)

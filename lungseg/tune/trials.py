@@ -122,15 +122,6 @@ class Trials:
         remedy = "leave out what does not go together, or say with `when` where it does"
         raise ConfigError("space-untrainable", draws=_DRAWS, message=reason, remedy=remedy)
 
-    def take_up(self, has_ended: Callable[[Trial], bool]) -> list[int]:
-        """The interrupted trials that have nothing left to run, for the driver to end."""
-        done = [t for t in self._interrupted if "values" in t.user_attrs and has_ended(self.all()[t.number])]
-        for trial in done:
-            self._interrupted.remove(trial)
-            self._live[trial.number] = trial
-            self._catch_up(trial)
-        return [trial.number for trial in done]
-
     def _catch_up(self, trial: optuna.Trial) -> None:
         """Epochs that were committed, and that the driver did not live to hear of."""
         key = keys.metrics(keys.trial_root(self._root, f"{trial.number:04d}"))

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from lungseg.runs.checkpoint import Checkpoints
 from lungseg.runs.run import load_run, pull_best
 from lungseg.storage import Store, open_store
 from lungseg.submit.status import status_of
+from lungseg.train.stop import is_marked
 from lungseg.tune.search import tune
 from lungseg.tune.trials import Trial
 
@@ -88,6 +90,29 @@ def searched(
     store, left, _ = killed
     recipe = load_recipe(None, [*SETTINGS, *endpoint.settings])
     return store, tune(store, "balls", "search", recipe, TRIALS, "resume"), left
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_stopped_goes_on_at_the_very_step(ray_cluster: Any, tmp_path: Path) -> None:
+    store, trial = open_store(tmp_path / "store"), "runs/stopped/trials/0000"
+    write_balls(store, train=6, val=3)
+    recipe = load_recipe(None, [*SETTINGS, "train.epochs=1"])
+
+    def interrupt() -> None:
+        while not is_marked("training"):
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(RunError, match="trials under way: 1"):
+        tune(store, "balls", "stopped", recipe, 1)
+    assert status_of(store, "stopped").state == "stopped"
+    left = Checkpoints(store, trial).newest(load_run(store, "stopped").attempt)
+    assert left is not None
+    assert 0 < left.state.step < STEPS
+    (ended,) = tune(store, "balls", "stopped", recipe, 1, "resume")
+    assert (ended.state, list(ended.curve)) == ("complete", [1])
+    assert f"from epoch 0, step {left.state.step}\n" in store.get(f"{trial}/log.txt").decode()
 
 
 @pytest.mark.slow

@@ -74,16 +74,6 @@ def test_the_next_driver_goes_on_with_the_interrupted_trial_and_knows_the_others
         first.report(interrupted.number, 2, 0.5, 120.0)
 
 
-def test_an_interrupted_trial_with_nothing_left_to_run_is_for_the_driver_to_end(tmp_path: Path) -> None:
-    first = opened(tmp_path)
-    ran_out, under_way = (first.begin(fine).number for _ in range(2))
-    second = opened(tmp_path)
-    assert second.take_up(lambda trial: trial.number == ran_out) == [ran_out]
-    second.report(ran_out, 1, 0.5, 60.0)
-    assert second.end(ran_out, "complete").val_dice == 0.5
-    assert second.begin(fine).number == under_way
-
-
 def test_a_trial_that_others_have_left_behind_is_stopped_also_by_the_next_driver(tmp_path: Path) -> None:
     first = opened(tmp_path)
     for _ in range(3):
