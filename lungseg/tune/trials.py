@@ -137,9 +137,11 @@ class Trials:
         return list(self._live)
 
     def report(self, number: int, epoch: int, val_dice: float, seconds: float) -> bool:
-        """Keep the score of an epoch; whether the trial is worth another."""
+        """Keep the score of an epoch; whether the trial is worth another. A run that has ended says its last
+        epoch again when it is started again."""
         trial = self._live[number]
-        trial.report(val_dice, epoch)
+        if epoch not in self.all()[number].curve:
+            trial.report(val_dice, epoch)
         trial.set_user_attr("seconds", seconds)
         self._write()
         return trial.user_attrs.get("repeats", False) or not trial.should_prune()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,8 @@ def test_the_next_driver_goes_on_with_the_interrupted_trial_and_knows_the_others
     again = second.begin(fine)
     assert (again.number, again.values) == (interrupted.number, interrupted.values)
     assert (again.curve, again.seconds) == ({1: 0.3, 2: 0.35}, 120.0)
+    with warnings.catch_warnings(action="error"):
+        second.report(again.number, 2, 0.35, 120.0)  # by a run that had ended, and is started again
     assert second.begin(fine).values not in [trial.values for trial in first.all()]
     lines = (tmp_path / "store" / ROOT / "trials.jsonl").read_text().splitlines()
     kept = [json.loads(line) for line in lines]
