@@ -1,0 +1,126 @@
+"""Real sweeps over crops of nodules: trials an hour, memory, and the best Dice so far, by method and seed.
+
+    uv run python tests/benchmarks/sweep_trials.py CROPS [--trials 4] [--minutes 60] [--seeds 1]
+        [--methods "random" "TPE, ASHA"] [--cold] [--set tune.concurrent_trials=2]
+
+CROPS holds images/ and masks/. A sweep ends after so many trials or minutes, whichever comes first. With
+`--cold` its workers are not forked from a process that has their imports. Each sweep is a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from meter import Meter, process_tree
+from sweep import METHODS
+
+from lungseg import warm
+from lungseg.config import Recipe, load_recipe
+from lungseg.dataset.prepare import prepare
+from lungseg.sources import pairs
+from lungseg.storage import open_store
+from lungseg.tune.search import tune
+
+RECIPE = Path(__file__).parents[2] / "jobs" / "recipes" / "lidc-crops.yaml"
+SETTINGS = (
+    "data.split.val=0.25", "data.split.test=0", "train.publish=best", "checkpoint.every_epochs=1",
+    "train.steps_per_epoch=25", "train.epochs=4", "tune.grace_epochs=1",
+    "tune.space.optimizer.learning_rate={log: [1.0e-4, 1.0e-1]}",
+    "tune.space.loss.name={choice: [dice, dice_bce, tversky]}",
+    "tune.space.augment.warp_share={range: [0, 0.6]}",
+)  # fmt: skip
+
+
+def recipe_of(options: argparse.Namespace, method: str, seed: int) -> Recipe:
+    settings = [*SETTINGS, *METHODS[method], f"train.seed={100 * seed}", *options.set]
+    return load_recipe(RECIPE, settings)
+
+
+class Memory:
+    """What the processes below this one hold, by their titles, when they hold the most: PSS in MiB."""
+
+    def __init__(self) -> None:
+        self.most: Counter[str] = Counter()
+        self.count: Counter[str] = Counter()
+        threading.Thread(target=self._sample, daemon=True).start()
+
+    def _sample(self) -> None:
+        while True:
+            now: Counter[str] = Counter()
+            count: Counter[str] = Counter()
+            for pid, _ in process_tree():
+                with suppress(OSError, IndexError):
+                    words = Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ").split()
+                    title = next((word for word in words if word.startswith("ray::")), "everything else")
+                    smaps = Path(f"/proc/{pid}/smaps_rollup").read_text()
+                    now[title] += int(smaps.split("\nPss:")[1].split()[0]) / 1024
+                    count[title] += 1
+            if now.total() > self.most.total():
+                self.most, self.count = now, count
+            time.sleep(3)
+
+
+def one(options: argparse.Namespace, method: str, seed: int) -> dict[str, Any]:
+    """A sweep in this process."""
+    store, recipe = open_store(options.store), recipe_of(options, method, seed)
+    run = f"{method.replace(', ', '-').lower()}-{seed}-{'cold' if options.cold else 'warm'}"
+    if options.cold:
+        warm.Server.executable = property(lambda self: shlex.quote(sys.executable))
+        warm.Server.preload = lambda *arguments: None
+    memory, began = Memory(), time.monotonic()
+    with Meter(1.0) as meter:
+        found = tune(store, "crops", run, recipe, options.trials, minutes=options.minutes)
+    seconds = time.monotonic() - began
+    best = max(trial.val_dice or 0.0 for trial in found)
+    return {
+        "method": method, "seed": seed, "cold": options.cold, "trials": len(found),
+        "seconds": round(seconds), "trials_an_hour": round(3600 * len(found) / seconds, 1),
+        "cpu_seconds_a_trial": round(meter.cpu_seconds / len(found), 1),
+        "seconds_trained_a_trial": round(sum(trial.seconds for trial in found) / len(found), 1),
+        "best_val_dice": round(best, 4), "pss_mib": round(memory.most.total()),
+        "by_process": {
+            f"{memory.count[title]} {title}": round(mib) for title, mib in memory.most.most_common(8)
+        },
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("crops", type=Path)
+    parser.add_argument("--trials", type=int, default=4)
+    parser.add_argument("--minutes", type=float, default=None)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["random", "TPE, ASHA"])
+    parser.add_argument("--cold", action="store_true")
+    parser.add_argument("--set", action="append", default=[])
+    parser.add_argument("--store", help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    os.environ.setdefault("LUNGSEG_CASE_KEY", "a key for this benchmark")
+    if options.one:
+        print(json.dumps(one(options, options.one[0], int(options.one[1]))), flush=True)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        store, recipe = open_store(folder), recipe_of(options, options.methods[0], 0)
+        cases = pairs.find_cases(options.crops, recipe.data.pairs)
+        prepare(store, "crops", cases, recipe.data, lambda done, total: None)
+        for seed in range(options.seeds):
+            for method in options.methods:
+                command = [sys.executable, *sys.argv, "--store", store.uri, "--one", method, str(seed)]
+                subprocess.run(command, check=True)
+
+
+if __name__ == "__main__":
+    main()
