@@ -99,7 +99,7 @@ def one(options: argparse.Namespace, method: str, seed: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("crops", type=Path)
-    parser.add_argument("--trials", type=int, default=4)
+    parser.add_argument("--trials", type=int, help="default: 4, or as the minutes allow")
     parser.add_argument("--minutes", type=float, default=None)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["random", "TPE, ASHA"])
@@ -108,6 +108,8 @@ def main() -> None:
     parser.add_argument("--store", help=argparse.SUPPRESS)
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.minutes is None and options.trials is None:
+        options.trials = 4
     os.environ.setdefault("LUNGSEG_CASE_KEY", "a key for this benchmark")
     if options.one:
         print(json.dumps(one(options, options.one[0], int(options.one[1]))), flush=True)
