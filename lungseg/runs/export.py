@@ -32,7 +32,7 @@ class BestModel:
         probability: np.ndarray = self._graph(tf.convert_to_tensor(volume_hu, tf.float32)).numpy()
         return probability
 
-    @tf.function(reduce_retracing=True)
+    @tf.function(reduce_retracing=True, autograph=False)
     def _graph(self, volume_hu: tf.Tensor) -> tf.Tensor:
         return self.network(volume_hu, training=False)
 

@@ -256,7 +256,7 @@ def _asked_to_leave(worker: _Worker, synced: bool) -> bool:
     return float(_sum_over_ranks(worker.stepper.strategy, mine)) > 0
 
 
-@tf.function
+@tf.function(autograph=False)
 def _sum_over_ranks(strategy: tf.distribute.Strategy, value: tf.Tensor) -> tf.Tensor:
     each = strategy.run(tf.identity, (value,))
     return strategy.reduce(tf.distribute.ReduceOp.SUM, each, axis=None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import astuple, dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
@@ -22,6 +23,10 @@ from lungseg.model.unet import build_unet, by_member, with_probability
 from lungseg.runs.checkpoint import arrays, assign
 from lungseg.stream.patch_stream import Batch
 from lungseg.train.optimizer import Schedule, make_optimizer
+
+_traced = partial(tf.function, autograph=False)
+"""Autograph would read and rewrite all code on the way for conditions and loops over tensors. There are none,
+but it takes half of the CPU time that a first step does."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +97,8 @@ class Stepper:
         xla = config.xla == "always" or (config.xla == "auto" and config.gpus_per_worker > 0)
         # Replicas that share a loss meet between measuring and the gradient, and XLA compiles no meeting.
         self._total = over_replicas if shared else tf.identity
-        self._measured = tf.function(self._measure, jit_compile=xla) if shared else self._measure
-        compiled = tf.function(self._loss_and_gradients, jit_compile=xla)
+        self._measured = _traced(self._measure, jit_compile=xla) if shared else self._measure
+        compiled = _traced(self._loss_and_gradients, jit_compile=xla)
         self._gradients = self._loss_and_gradients if shared else compiled
 
     def distribute(self, batch: Batch) -> OnDevices:
@@ -162,7 +167,7 @@ class Stepper:
         ]
         return [*self.optimizer.variables, *renamed]
 
-    @tf.function
+    @_traced
     def _train(self, image: Any, mask: Any, rows: Any, step: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         measured = self.strategy.run(self._replica, (image, mask, rows, step))
         if self.model is not self._trained:
@@ -215,7 +220,7 @@ class Stepper:
                 average.value, lambda a, w: a.assign_add((1 - decay) * (w - a)), args=(now.value,)
             )
 
-    @tf.function
+    @_traced
     def _validate(self, image: Any, mask: Any) -> list[tf.Tensor]:
         def replica(image: tf.Tensor, mask: tf.Tensor) -> tuple[tf.Tensor, ...]:
             probability = self._probability(tf.cast(image, tf.float32)[..., tf.newaxis], training=False)
