@@ -204,10 +204,10 @@ def quiet_tensorflow(told: bool = True) -> Iterator[None]:
 
 @contextmanager
 def lean_keras() -> Iterator[None]:
-    """For the first import of Keras, which takes matplotlib and pandas along wherever they are installed:
-    two of its ten seconds, for functions that nothing here calls. Whoever needs them imports them later."""
+    """For the first import of Keras, which takes matplotlib, pandas and scikit-learn along wherever they are
+    installed, for functions that nothing here calls. Whoever needs them imports them later."""
     modules: dict[str, Any] = sys.modules
-    absent = {"matplotlib", "pandas"} - modules.keys()
+    absent = {"matplotlib", "pandas", "sklearn"} - modules.keys()
     modules.update(dict.fromkeys(absent))  # None: as if it were not installed
     try:
         yield
