@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from lungseg.config import load_recipe
 from lungseg.dataset.manifest import Manifest
 from lungseg.runs.checkpoint import Checkpoints, arrays
@@ -9,12 +11,13 @@ from lungseg.runs.run import open_run
 from lungseg.runs.state import TrainState
 from lungseg.storage import Store, keys
 
+SMALL = ("model.depth=3", "model.width=4", "segment.window_zyx=[32, 32, 32]")
 
-def publish_untrained(store: Store, name: str, manifest: Manifest) -> None:
+
+def publish_untrained(store: Store, name: str, manifest: Manifest, settings: Sequence[str] = SMALL) -> None:
     """The run `name`, whose best network has random weights; its probabilities are about 0.12 everywhere."""
     from lungseg.model.unet import build_unet
 
-    settings = ["model.depth=3", "model.width=4", "segment.window_zyx=[32, 32, 32]"]
     recipe = load_recipe(None, settings)
     run = open_run(store, name, manifest, recipe, "fresh")
     state = TrainState(
