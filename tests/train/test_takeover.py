@@ -110,15 +110,30 @@ def second_node(folder: Path) -> Iterator[Any]:
         "--node-ip-address=127.0.0.1",
         "--num-cpus=1",
     ]
-    alive = len([node for node in ray.nodes() if node["Alive"]])
-    with (folder / "node").open("wb") as log:
-        node = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+
+    def begin() -> subprocess.Popen[bytes]:
+        with (folder / "node").open("ab") as log:
+            return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+
+    def alive() -> int:
+        return sum(node["Alive"] for node in ray.nodes())
+
+    def raylets() -> list[Any]:
+        try:
+            below = psutil.Process(node.pid).children(recursive=True)
+            return [process for process in below if process.name() == "raylet"]
+        except psutil.NoSuchProcess:
+            return []
+
+    before, node = alive(), begin()
     try:
-        deadline = time.monotonic() + 60
-        while len([node for node in ray.nodes() if node["Alive"]]) == alive:
+        deadline = time.monotonic() + 200
+        while not (alive() > before and (found := raylets())):
             assert time.monotonic() < deadline, (folder / "node").read_text()[-2000:]
+            if node.poll() is not None:  # a busy machine may need longer than Ray grants a node to start
+                node = begin()
             time.sleep(0.2)
-        (raylet,) = [p for p in psutil.Process(node.pid).children(recursive=True) if p.name() == "raylet"]
+        (raylet,) = found
         yield raylet
     finally:
         os.killpg(node.pid, signal.SIGKILL)
