@@ -26,6 +26,7 @@ import sys
 import tempfile
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 _MESSAGE_BYTES = 1 << 16
@@ -145,6 +146,8 @@ class _Forks:
             self._of_ray = theirs
             os.environ.update(start.environment)
             import ray._private.workers.default_worker  # noqa: F401
+
+            _leave_ids_to_the_forks()
         while self._with_ray:
             self._import(self._with_ray.pop())
         return self._of_ray == theirs
@@ -153,6 +156,17 @@ class _Forks:
         module, _, name = function.partition(":")
         getattr(importlib.import_module(module), name)()
         gc.freeze()  # what the collector does not touch stays shared
+
+
+def _leave_ids_to_the_forks() -> None:
+    """Ray draws an id for each class of actors that a module defines. Its generator begins with the first
+    draw. Were that here, all forks would go on with the same ids, and two tasks of one id end the actor that
+    they meet in."""
+    import ray.actor
+    from ray._raylet import ActorClassID
+
+    actors: Any = ray.actor
+    actors.ActorClassID = SimpleNamespace(from_random=lambda: ActorClassID(os.urandom(ActorClassID.size())))
 
 
 def _receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:

@@ -65,6 +65,17 @@ def test_a_forked_process_is_as_one_that_was_started(server: Server, script: Pat
     assert again["mark"] is None
 
 
+def test_forks_give_their_tasks_ids_of_their_own(script: Path) -> None:
+    script.write_text("import json, ray; print(json.dumps(ray.NodeID.from_random().hex()))")
+    server = Server("/tmp")
+    try:
+        server.preload("lungseg.train.worker:import_tensorflow", "lungseg.train.worker:import_ray_train")
+        first, second = (started(server.executable, script)[0] for _ in range(2))
+    finally:
+        server.close()
+    assert first != second
+
+
 def test_ray_is_imported_for_one_job_and_workers_of_another_start_anew(server: Server, script: Path) -> None:
     assert started(server.executable, script)[0]["ray"]
     found, told = started(server.executable, script, RAY_JOB_ID="02000000")
