@@ -115,8 +115,8 @@ def second_node(folder: Path) -> Iterator[Any]:
         with (folder / "node").open("ab") as log:
             return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
 
-    def alive() -> int:
-        return sum(node["Alive"] for node in ray.nodes())
+    def alive() -> set[str]:
+        return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
     def raylets() -> list[Any]:
         try:
@@ -128,7 +128,8 @@ def second_node(folder: Path) -> Iterator[Any]:
     before, node = alive(), begin()
     try:
         deadline = time.monotonic() + 200
-        while not (alive() > before and (found := raylets())):
+        # By name: that an earlier test's node is dead may be found out only now.
+        while not (alive() - before and (found := raylets())):
             assert time.monotonic() < deadline, (folder / "node").read_text()[-2000:]
             if node.poll() is not None:  # a busy machine may need longer than Ray grants a node to start
                 node = begin()
