@@ -33,14 +33,29 @@ def augment(
 
     Geometry moves image and mask alike; intensity changes the image alone. Turns need square slices.
     """
-    samples = []
-    for i in range(image_hu.shape[0]):
-        stream = _stream(seed, step, rows[i])
-        image, label = move(image_hu[i, ..., 0], mask[i, ..., 0], config, stream)
-        image = change_intensity(image, config, hu_window, stream)
-        samples.append((image[..., tf.newaxis], label[..., tf.newaxis]))
+    samples = [
+        _augment(image_hu[i], mask[i], config, hu_window, seed, step, rows[i])
+        for i in range(image_hu.shape[0])
+    ]
     images, masks = zip(*samples, strict=True)
     return tf.stack(images), tf.stack(masks)
+
+
+@tf.function(autograph=False)
+def _augment(
+    image_hu: tf.Tensor,
+    mask: tf.Tensor,
+    config: AugmentConfig,
+    hu_window: tuple[float, float],
+    seed: int,
+    step: tf.Tensor,
+    row: tf.Tensor,
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """One sample of [z, y, x, 1], so that all are traced once."""
+    stream = _stream(seed, step, row)
+    image, label = move(image_hu[..., 0], mask[..., 0], config, stream)
+    image = change_intensity(image, config, hu_window, stream)
+    return image[..., tf.newaxis], label[..., tf.newaxis]
 
 
 def _stream(seed: int, step: tf.Tensor, row: tf.Tensor) -> tf.Tensor:

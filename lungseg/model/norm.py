@@ -32,31 +32,32 @@ class InstanceNorm(keras.layers.Layer):
 
     def call(self, features: tf.Tensor) -> tf.Tensor:
         features = tf.cast(features, self.compute_dtype)
-        if features.shape[0] is None:
-            return tf.ensure_shape(tf.map_fn(self._sample, features), features.shape)
-        return tf.stack([self._sample(sample) for sample in tf.unstack(features)])
+        n, z, y, x, channels = shape = keras.ops.shape(features)
+        # Four dimensions: for five, TensorFlow 2.21 has no kernel of oneDNN's.
+        flat = tf.reshape(features, [n, 1, z * y, x, channels])
+        if _has_only_a_plain_loop(flat):
+            flat = tf.cast(flat, tf.float32)
+        scale, offset = tf.convert_to_tensor(self.gamma), tf.convert_to_tensor(self.beta)
+        empty = tf.zeros([0], tf.float32)
+
+        def normal(sample: tf.Tensor) -> tf.Tensor:
+            return tf.raw_ops.FusedBatchNormV3(
+                x=sample,
+                scale=scale,
+                offset=offset,
+                mean=empty,
+                variance=empty,
+                epsilon=self.epsilon,
+                is_training=True,
+            ).y
+
+        known = isinstance(n, int)
+        flat = tf.stack([normal(one) for one in tf.unstack(flat)]) if known else tf.map_fn(normal, flat)
+        return tf.cast(tf.reshape(flat, shape), features.dtype)
 
     def compute_output_shape(self, shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
         """So that no loop is traced for it, which takes most of the time that building a network does."""
         return shape
-
-    def _sample(self, sample: tf.Tensor) -> tf.Tensor:
-        shape = tf.shape(sample)
-        # Four dimensions: for five, TensorFlow 2.21 has no kernel of oneDNN's.
-        flat = tf.reshape(sample, [1, shape[0] * shape[1], shape[2], sample.shape[-1]])
-        if _has_only_a_plain_loop(flat):
-            flat = tf.cast(flat, tf.float32)
-        empty = tf.zeros([0], tf.float32)
-        normal = tf.raw_ops.FusedBatchNormV3(
-            x=flat,
-            scale=tf.convert_to_tensor(self.gamma),
-            offset=tf.convert_to_tensor(self.beta),
-            mean=empty,
-            variance=empty,
-            epsilon=self.epsilon,
-            is_training=True,
-        ).y
-        return tf.cast(tf.reshape(normal, shape), sample.dtype)
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "epsilon": self.epsilon}

@@ -42,16 +42,55 @@ def rate_at(step: int, recipe: Recipe, steps_per_pass: int) -> float:
     return float(Schedule(recipe.optimizer, recipe.train.global_batch, total)(step))
 
 
+class _OfSums(keras.optimizers.Optimizer):
+    """Where both optimisers depart from Keras."""
+
+    def _all_reduce_sum_gradients(self, pairs: list[Any]) -> list[Any]:
+        """The gradients are summed over the replicas already: they had to be, to be clipped."""
+        return pairs
+
+    def _apply_weight_decay(self, variables: list[Any]) -> None:
+        """Left to `update_step`, which is given the rate: here Keras traces the schedule for each weight."""
+
+    def update_step(self, gradient: tf.Tensor, variable: tf.Variable, learning_rate: tf.Tensor) -> None:
+        if self._use_weight_decay(variable):
+            variable.assign_sub(variable * self.weight_decay * learning_rate)
+        super().update_step(gradient, variable, learning_rate)
+
+
+class _FusedAdam(keras.optimizers.AdamW):
+    def update_step(self, gradient: tf.Tensor, variable: tf.Variable, learning_rate: tf.Tensor) -> None:
+        """TensorFlow's kernel for the formula that Keras writes down in 35 operations a weight."""
+        number = self._get_variable_index(variable)
+        step = tf.cast(self.iterations + 1, tf.float32)
+        tf.raw_ops.ResourceApplyAdam(
+            var=variable.handle,
+            m=self._momentums[number].value.handle,
+            v=self._velocities[number].value.handle,
+            beta1_power=tf.pow(self.beta_1, step),
+            beta2_power=tf.pow(self.beta_2, step),
+            lr=learning_rate,
+            beta1=self.beta_1,
+            beta2=self.beta_2,
+            epsilon=self.epsilon,
+            grad=gradient,
+        )
+
+
+class _AdamW(_OfSums, _FusedAdam): ...
+
+
+class _Sgd(_OfSums, keras.optimizers.SGD): ...
+
+
 def make_optimizer(config: OptimizerConfig, schedule: Schedule, *, scale_loss: bool) -> Any:
     """AdamW or SGD with Nesterov momentum, decoupled weight decay (not on norms and biases); with a scaled
     loss for float16, where steps of infinite gradients are left out."""
     # Named, since checkpoints hold variables by path, and Keras numbers the names that it gives itself.
     common: dict[str, Any] = {"weight_decay": config.weight_decay, "name": "optimizer"}
     if config.name == "adamw":
-        optimizer = keras.optimizers.AdamW(schedule, **common)
+        optimizer = _AdamW(schedule, **common)
     else:
-        optimizer = keras.optimizers.SGD(schedule, momentum=config.momentum, nesterov=True, **common)
+        optimizer = _Sgd(schedule, momentum=config.momentum, nesterov=True, **common)
     optimizer.exclude_from_weight_decay(var_names=["gamma", "beta", "bias"])
-    # The gradients that it gets are summed over the replicas already: they had to be, to be clipped.
-    optimizer._all_reduce_sum_gradients = lambda pairs: pairs
     return keras.optimizers.LossScaleOptimizer(optimizer, name="loss_scale") if scale_loss else optimizer

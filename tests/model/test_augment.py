@@ -186,6 +186,10 @@ def test_a_compiled_step_augments_as_an_eager_one() -> None:
     images, masks = compiled(
         tf.constant(image), tf.constant(mask), tf.constant(5, tf.int64), tf.range(4, dtype=tf.int64)
     )
-    eager = run(image, mask, AugmentConfig(), range(4))
+    tf.config.run_functions_eagerly(True)
+    try:
+        eager = run(image, mask, AugmentConfig(), range(4))
+    finally:
+        tf.config.run_functions_eagerly(False)
     np.testing.assert_allclose(images.numpy(), eager[0], atol=1e-3)
     np.testing.assert_array_equal(masks.numpy(), eager[1])

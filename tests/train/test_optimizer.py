@@ -79,3 +79,21 @@ def test_sgd_looks_ahead_as_nesterov_does() -> None:
         velocity = 0.9 * velocity - 0.1 * gradient
         expected += 0.9 * velocity - 0.1 * gradient
     assert float(weight[0]) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_the_kernel_of_adamw_moves_weights_as_keras_does(weight_decay: float) -> None:
+    random = np.random.default_rng(0)
+    first = random.normal(size=(3, 5)).astype(np.float32)
+    recipe = OptimizerConfig(weight_decay=weight_decay, warmup_steps=4)
+    rate = Schedule(recipe, global_batch=2, total_steps=10)
+    theirs = keras.optimizers.AdamW(rate, weight_decay=weight_decay)
+    moved = []
+    for optimizer in (make_optimizer(recipe, rate, scale_loss=False), theirs):
+        weight, gradients = keras.Variable(first), np.random.default_rng(1)
+        for _ in range(6):
+            gradient = gradients.normal(scale=0.01, size=first.shape).astype(np.float32)
+            optimizer.apply([tf.constant(gradient)], [weight])
+        moved.append(weight.numpy())
+    assert np.abs(moved[0] - first).max() > 1e-4
+    np.testing.assert_allclose(moved[0], moved[1], rtol=1e-5, atol=1e-7)

@@ -97,17 +97,27 @@ def test_a_restored_stepper_goes_on_bit_for_bit(settings: tuple[str, ...]) -> No
 
 def test_the_members_of_an_ensemble_train_as_if_each_were_alone() -> None:
     free = "optimizer.clip_norm=1e9"  # the norm that is clipped is that of all members
-    ensemble, alone = stepper("model.members=2", free), [stepper(free), stepper(free)]
-    for number, one in enumerate(alone):
-        prefix, start = f"member{number}_", ensemble.weights()
+    ensemble, one = stepper("model.members=2", free), stepper(free)
+    start, untrained = ensemble.weights(), one.training_state()
+    losses, alone = [[loss for loss, _ in train(ensemble, range(3))]], {}
+    for prefix in ("member0_", "member1_"):
         mine = {path.removeprefix(prefix): start[path] for path in start if path.startswith(prefix)}
-        one.restore(mine, one.training_state(), "name")
-    losses = [[loss for loss, _ in train(one, range(3))] for one in (ensemble, *alone)]
+        one.restore(mine, untrained, "name")
+        losses.append([loss for loss, _ in train(one, range(3))])
+        alone |= {prefix + path: weight for path, weight in one.weights().items()}
     np.testing.assert_allclose(losses[0], np.mean(losses[1:], axis=0), rtol=1e-4)
-    for number, one in enumerate(alone):
-        for path, expected in one.weights().items():
-            found = ensemble.weights()[f"member{number}_{path}"]
-            np.testing.assert_allclose(found, expected, atol=1e-5, err_msg=path)
+    for path, found in ensemble.weights().items():
+        np.testing.assert_allclose(found, alone[path], atol=1e-5, err_msg=path)
+
+
+def test_a_step_is_a_small_graph() -> None:
+    """It takes seconds to be traced, in every worker, trial and resumed run: a loop written out for each
+    weight, norm or sample makes them many."""
+    one = stepper()
+    train(one, range(1))
+    (traced,) = one._train._list_all_concrete_functions()  # type: ignore[attr-defined]
+    graph = traced.graph.as_graph_def()
+    assert len(graph.node) + sum(len(function.node_def) for function in graph.library.function) < 2800
 
 
 def test_an_ensemble_is_validated_by_the_mean_of_its_members() -> None:
