@@ -42,6 +42,7 @@ def test_an_address_of_another_kind_is_told_with_the_right_one(address: str) -> 
     assert "HOST:6379" in line
 
 
+@pytest.mark.slow
 def test_a_cluster_that_is_gone_is_told_in_a_quarter_of_a_minute() -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))  # bound, and not listening

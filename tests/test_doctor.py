@@ -57,6 +57,7 @@ main(["doctor"])
 """
 
 
+@pytest.mark.slow
 def test_elsewhere_than_on_linux_all_can_be_imported_and_doctor_says_what_to_use() -> None:
     done = subprocess.run(
         [sys.executable, "-c", ELSEWHERE], capture_output=True, text=True, timeout=300, check=False

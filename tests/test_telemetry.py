@@ -168,6 +168,7 @@ def test_an_import_is_waited_for_where_its_own_notices_do_not_go() -> None:
     assert "I000" not in shown
 
 
+@pytest.mark.slow
 def test_what_is_counted_is_a_line_too_before_the_first_is_done() -> None:
     code = "import time; from lungseg.telemetry import progress\nwith progress('scans') as report:\n"
     code += " time.sleep({})"

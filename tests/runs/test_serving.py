@@ -15,6 +15,7 @@ from lungseg import cli
 from lungseg.storage import keys, open_store
 
 
+@pytest.mark.slow
 def test_onnx_and_saved_model_give_the_networks_own_probabilities(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

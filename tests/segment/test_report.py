@@ -69,6 +69,7 @@ def crosshair_column(pixels: np.ndarray) -> int:
     return int((red - blue > 60).sum(axis=0).argmax())
 
 
+@pytest.mark.slow
 def test_the_viewer_shows_each_nodule_and_asks_nobody(
     written: Path, browser: Browser, found: Segmentation
 ) -> None:

@@ -78,6 +78,7 @@ def test_the_defaults_are_the_fields_protocol():
     assert Recipe().model.hu_window == (-1000.0, 400.0)
 
 
+@pytest.mark.slow
 def test_a_sample_of_the_database_has_the_figures_of_the_command_that_counts_all_of_it():
     """`tests/lidc_figures.py` over 60 scans; its figures over all 1,018 are in tests/benchmarks/README.md."""
     chosen = random.Random(0).sample(lidc_figures.all_scans(), 60)

@@ -131,6 +131,7 @@ def test_a_flipped_bit_is_fetched_again_on_a_new_connection_and_counted(bad_netw
     assert again[1].connection not in {s.connection for s in seen[:5]}
 
 
+@pytest.mark.slow
 def test_a_storm_of_all_faults_leaves_the_order_as_it_is_at_every_rank(bad_network: Setting) -> None:
     storm: list[Fault | None] = [*TRANSIENT, "flip", None, None] * 2
     random.Random(1).shuffle(storm)

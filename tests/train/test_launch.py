@@ -128,6 +128,7 @@ def test_a_run_goes_on_with_two_workers_and_then_with_one_again_within_an_epoch(
     np.testing.assert_allclose(*losses, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_port_of_a_worker_is_kept_for_its_tensorflow() -> None:
     """It is bound, but by who lets others of the same process share it, as TensorFlow's server then does."""
     code = """

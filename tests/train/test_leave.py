@@ -78,6 +78,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Job:
     return job
 
 
+@pytest.mark.slow
 def test_a_worker_asked_at_every_step_leaves_each_time_and_ends_as_if_nothing_had_been(
     whole: Job, tmp_path: Path
 ) -> None:

@@ -78,6 +78,7 @@ class Killed(BaseException):
     """As a SIGKILL: nothing in the loop may catch it."""
 
 
+@pytest.mark.slow
 def test_a_run_killed_after_an_epoch_goes_on_to_the_very_same_weights(job: Job, tmp_path: Path) -> None:
     reported: list[dict[str, float]] = []
     run(job, reported.append)
@@ -148,6 +149,7 @@ def test_a_run_killed_before_it_published_its_best_publishes_when_it_goes_on(job
     assert len(checkpoints.committed("a1")) == 1
 
 
+@pytest.mark.slow
 def test_more_epochs_raise_the_learning_rate_again_and_the_log_says_so(job: Job) -> None:
     """Three steps an epoch; the peak is 1e-3 and the warm-up half of the shorter schedule."""
     peak = "optimizer.learning_rate=1e-3"

@@ -49,6 +49,7 @@ def test_every_epoch_has_the_same_loss_and_validation_dice(other: str, undisturb
     np.testing.assert_allclose(epochs(other), epochs(undisturbed), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_what_runs_side_by_side_shares_the_cores() -> None:
     """In processes of their own, since TensorFlow's threads are set once; they part after the long import."""
     cases = {("model.members=3", 8): [2, 3], ("train.logical_cpu_devices=2", 1): [1, 2]}
@@ -137,6 +138,7 @@ def worker(setting: str, before: str = "") -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_gpus_that_tensorflow_does_not_see_are_an_error_and_no_training_on_the_cpu() -> None:
     done = worker("train.gpus_per_worker=1")
     assert "gpus-missing" in done.stderr.splitlines()[-1]
