@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -179,7 +180,7 @@ def predict(
     from lungseg.runs.run import load_run
     from lungseg.scan.identity import case_key
     from lungseg.segment.inputs import read_inputs, require_inputs
-    from lungseg.segment.predict import segment_by_mean
+    from lungseg.segment.predict import segment_by_mean, working_grids
     from lungseg.storage import open_store
     from lungseg.telemetry import log, progress
 
@@ -195,10 +196,14 @@ def predict(
     first = next(scans, None)
     if first:
         ensemble = load_ensemble(opened, names, given, use_post=not no_post)
-        networks = _networks(opened, ensemble)
+        recipes = [member.recipe for member in ensemble.members]
+        networks: list[Asked] = []
         for one, volume in chain([first], scans):
+            with ThreadPoolExecutor(1) as beside:  # the import of TensorFlow
+                grids = beside.submit(working_grids, volume, recipes)
+                networks = networks or _networks(opened, ensemble)
             with progress(one.case_id) as report:
-                found = segment_by_mean(networks, volume, report)
+                found = segment_by_mean(networks, volume, report, grids.result())
             for warning in found.warnings:
                 log("predict").warning("%s: %s", one.title, warning)
             try:

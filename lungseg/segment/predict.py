@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import cc3d
@@ -43,6 +43,8 @@ class Segmentation:
 
 Asked = tuple[Predictor, Recipe]
 """A network, and the recipe that it was trained by."""
+Grids = Mapping[Vector, tuple[Volume, np.ndarray | None]]
+"""By spacing, a scan on that grid and its lungs (uint8, None where none were found)."""
 
 
 def segment(
@@ -52,8 +54,16 @@ def segment(
     return segment_by_mean([(predict, recipe)], volume, progress)
 
 
+def working_grids(volume: Volume, recipes: Iterable[Recipe]) -> Grids:
+    """What the networks trained by `recipes` see of a scan."""
+    return {spacing_mm: _on_grid(volume, spacing_mm) for spacing_mm in {r.data.spacing_mm for r in recipes}}
+
+
 def segment_by_mean(
-    networks: Sequence[Asked], volume: Volume, progress: Callable[[int, int], None] | None = None
+    networks: Sequence[Asked],
+    volume: Volume,
+    progress: Callable[[int, int], None] | None = None,
+    grids: Grids | None = None,
 ) -> Segmentation:
     """Nodules of `volume` by the mean probability of several networks, which agree on what is made of it.
 
@@ -61,12 +71,11 @@ def segment_by_mean(
     windows. The mean is formed on the finest of these working grids, linearly interpolated where they differ.
     Nodules are its components there, as `evaluate` counts them; each of them is then taken to the scan's own
     grid, and measured, between voxels (see `quantify`). Where no lungs are found, the whole scan is searched;
-    that, and values that are no HU, are warned of.
+    that, and values that are no HU, are warned of. `grids` are its `working_grids`, where they are there.
     """
     config = networks[0][1].segment
-    spacings = {recipe.data.spacing_mm for _, recipe in networks}
-    grids = {spacing_mm: _on_grid(volume, spacing_mm) for spacing_mm in spacings}
-    working, lungs = grids[min(spacings, key=fineness)]
+    grids = grids or working_grids(volume, [recipe for _, recipe in networks])
+    working, lungs = grids[min(grids, key=fineness)]
     probability: np.ndarray | None = None
     for number, (predict, recipe) in enumerate(networks):
         seen, its_lungs = grids[recipe.data.spacing_mm]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from lungseg.errors import ConfigError, RunError
 from lungseg.scan.volume import AIR_HU, bounding_box
 
 CONTEXT_VOXELS = 16  # around the lungs' box, for what grows on the pleura
+Box = tuple[slice, ...]
 Predictor = Callable[[np.ndarray], np.ndarray]
 """float32 HU [n, z, y, x, 1] -> float32 probability [n, z, y, x, 1]"""
 
@@ -103,22 +105,40 @@ def _tile(
     importance = _gaussian(window)
     total = np.zeros(padded.shape, np.float32)
     weight = np.zeros(padded.shape, np.float32)
-    batch = np.full((config.batch, *window, 1), AIR_HU, np.float32)
-    for start in range(0, len(boxes), config.batch):
-        chunk = boxes[start : start + config.batch]
-        for row, box in enumerate(chunk):
-            batch[row, ..., 0] = padded[box]
-        probability = np.asarray(predict(batch))[: len(chunk), ..., 0]
+    done = 0
+    chunks = [boxes[start : start + config.batch] for start in range(0, len(boxes), config.batch)]
+    for chunk, probability in _predicted(predict, padded, chunks, (config.batch, *window, 1)):
         if not np.isfinite(probability).all():
             raise RunError("prediction-not-finite", remedy="the weights are broken: use another checkpoint")
         for one, box in zip(probability, chunk, strict=True):
             total[box] += one * importance
             weight[box] += importance
+        done += len(chunk)
         if progress is not None:
-            progress(start + len(chunk), len(boxes))
+            progress(done, len(boxes))
 
     np.divide(total, weight, out=total, where=weight > 0)
     return total[tuple(slice(low, low + size) for (low, _), size in zip(margins, shape, strict=True))]
+
+
+def _predicted(
+    predict: Predictor, padded: np.ndarray, chunks: Sequence[list[Box]], shape: tuple[int, ...]
+) -> Iterator[tuple[list[Box], np.ndarray]]:
+    """Each chunk of boxes with its windows' probabilities [n, z, y, x]. While the caller is at one, which is
+    a single core's work, the network is at the next."""
+
+    def ask(chunk: list[Box]) -> np.ndarray:
+        windows = np.full(shape, AIR_HU, np.float32)
+        for row, box in enumerate(chunk):
+            windows[row, ..., 0] = padded[box]
+        return np.asarray(predict(windows))[: len(chunk), ..., 0]
+
+    with ThreadPoolExecutor(1) as network:
+        asked = [network.submit(ask, chunk) for chunk in chunks[:1]]
+        for number, chunk in enumerate(chunks):
+            probability = asked.pop().result()
+            asked += [network.submit(ask, following) for following in chunks[number + 1 : number + 2]]
+            yield chunk, probability
 
 
 def _windows(shape: tuple[int, ...], window: tuple[int, ...], overlap: float) -> list[tuple[slice, ...]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -112,6 +114,22 @@ def test_progress_counts_windows_up_to_all() -> None:
     volume = np.zeros((16, 16, 80), np.int16)
     predict_volume(np.zeros_like, volume, config, progress=lambda done, of: seen.append((done, of)))
     assert seen == [(2, 5), (4, 5), (5, 5)]
+
+
+def test_the_network_is_at_the_next_window_while_one_is_worked_on() -> None:
+    asked = [threading.Event() for _ in range(3)]
+    waiting = iter(asked)
+
+    def predict(hu: np.ndarray) -> np.ndarray:
+        next(waiting).set()
+        return np.zeros_like(hu)
+
+    def work(done: int, windows: int) -> None:
+        assert done == windows or asked[done].wait(timeout=60)
+
+    config = SegmentConfig(window_zyx=(16, 16, 16), overlap=0)
+    predict_volume(predict, np.zeros((16, 16, 48), np.int16), config, progress=work)
+    assert all(event.is_set() for event in asked)
 
 
 def test_a_network_that_answers_nan_is_an_error_and_not_an_empty_mask() -> None:
