@@ -183,7 +183,8 @@ def list_runs(store: Store) -> list[tuple[Run, Best | None]]:
 
 def pull_best(store: Store, name: str, out: Path) -> Best:
     """Copy the best checkpoint of a run into a folder: model.keras (HU in, probability out), weights,
-    state, best.json and run.json. Every byte is verified before the folder gets any; returns best.json.
+    state, best.json, run.json, and post.json where `fit-post` chose settings for it. Every byte is verified
+    before the folder gets any; returns best.json.
 
     Raises RunError("run-missing", "no-checkpoint", "checkpoint-corrupt"), DataError("output-unwritable").
     """
@@ -201,10 +202,14 @@ def pull_best(store: Store, name: str, out: Path) -> Best:
         "run.json": to_json(asdict(run)),
         "best.json": to_json(asdict(pointer)),
     }
+    post = keys.post(keys.run_root(name), pointer.checkpoint)
+    chosen = {"post.json": store.get(post)} if store.exists(post) else {}
     target = FolderStore(out.absolute())
     try:
-        for file, data in files.items():
+        for file, data in {**files, **chosen}.items():
             target.put(file, data)
+        if not chosen:
+            target.delete(["post.json"])  # another checkpoint's
     except StorageError as error:
         raise DataError("output-unwritable", folder=out, remedy="choose another --out") from error
     return pointer

@@ -12,7 +12,7 @@ from typing import Any
 from lungseg.config import Recipe
 from lungseg.errors import ConfigError, DataError
 from lungseg.runs.checkpoint import Checkpoints
-from lungseg.runs.run import load_published
+from lungseg.runs.ensemble import load_ensemble
 from lungseg.storage import Store, keys
 
 ONNX, SAVED_MODEL, FACTS = "model.onnx", "saved_model", "serving.json"
@@ -32,13 +32,14 @@ def write_serving(store: Store, run: str, out: Path, *, onnx: bool, saved_model:
     """Beside what `pull_best` wrote: `out`/model.onnx and saved_model/, as asked, and serving.json.
 
     They are float32 networks of the published checkpoint's verified weights. Earlier ones are replaced, each
-    when its successor is whole. Raises as `load_published`, and DataError("output-unwritable").
+    when its successor is whole. The settings are those of `predict`, `fit-post`'s if it chose any. Raises as
+    `load_ensemble`, and DataError("output-unwritable").
     """
     import keras
 
     from lungseg.runs.export import float32_network
 
-    published = load_published(store, run)
+    (published,) = load_ensemble(store, [run]).members
     checkpoints = Checkpoints(store, keys.run_root(run))
     weights = checkpoints.read(published.checkpoint, with_optimizer=False).weights
     network = float32_network(weights, published.recipe.model)

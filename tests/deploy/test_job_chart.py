@@ -18,6 +18,7 @@ JOBS = {
     "prepare": ["--set=job=prepare,data=lidc,source.kind=pairs,settings.data.pairs.label=2"],
     "train": ["--set=job=train,data=lidc,run=first,activeDeadlineSeconds=2000000"],
     "tune": ["--set=job=tune,data=lidc,run=sweep,trials=7,recipe=jobs/recipes/small.yaml"],
+    "fit-post": ["--set=job=fit-post,run=first,settings.segment.mirror=false"],
     "evaluate": [
         "--set=job=evaluate,run=first,store=s3://bucket,out=/tmp/report,entrypointCpus=2,settings.segment.overlap=0",
     ],
@@ -44,7 +45,7 @@ def test_every_job_passes_lint_and_kuberays_schema(
 @pytest.mark.parametrize("job", JOBS)
 def test_an_entry_point_names_a_script_that_exists(job: str, render_one: RenderOne) -> None:
     python, script, *_ = entrypoint(render_one("RayJob", "lungseg-job", *JOBS[job]))
-    assert (python, script) == ("python", f"jobs/{job}.py")
+    assert (python, script) == ("python", f"jobs/{job.replace('-', '_')}.py")
     assert (ROOT / script).is_file()
 
 
@@ -57,6 +58,7 @@ def test_arguments_follow_the_jobs_contract(render_one: RenderOne) -> None:
         "train": "python jobs/train.py --data lidc --run first --resume",
         "tune": "python jobs/tune.py --data lidc --run sweep --trials 7 --recipe jobs/recipes/small.yaml"
         " --resume",
+        "fit-post": "python jobs/fit_post.py --run first --set segment.mirror=false",
         "evaluate": "python jobs/evaluate.py --store s3://bucket --run first --split test --out /tmp/report"
         " --set segment.overlap=0",
     }

@@ -253,6 +253,19 @@ def test_pull_gives_the_best_checkpoint_byte_for_byte(
         assert found[file] == store.get(f"runs/r/{file}")
 
 
+def test_pull_gives_what_fit_post_chose_for_that_checkpoint(
+    store: Store, manifest: Manifest, tmp_path: Path
+) -> None:
+    open_run(store, "r", manifest, recipe(), "fresh")
+    checkpoint = finish_an_epoch(store, "r", 0.5)
+    store.put(f"runs/r/post/{checkpoint}.json", b"chosen")
+    pull_best(store, "r", tmp_path / "out")
+    assert (tmp_path / "out/post.json").read_bytes() == b"chosen"
+    finish_an_epoch(store, "r", 0.75)
+    pull_best(store, "r", tmp_path / "out")
+    assert not (tmp_path / "out/post.json").exists()
+
+
 @pytest.mark.parametrize("broken", ["best/model.keras", WEIGHTS, STATE, "manifest.json"])
 @pytest.mark.parametrize("how", ["flipped", "missing"])
 def test_pull_of_broken_bytes_is_refused_and_writes_nothing(

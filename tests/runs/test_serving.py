@@ -12,6 +12,7 @@ from helpers.balls import write_balls
 from helpers.networks import publish_untrained
 
 from lungseg import cli
+from lungseg.runs.post import Post, record_post
 from lungseg.storage import keys, open_store
 
 
@@ -28,6 +29,9 @@ def test_onnx_and_saved_model_give_the_networks_own_probabilities(
 
     store = open_store(tmp_path / "store")
     publish_untrained(store, "r", write_balls(store))
+    published = load_published(store, "r")
+    post = Post("r", published.checkpoint, "", "", "cpm", {"threshold": 0.25}, 9, (), {}, {})
+    record_post(store, keys.run_root("r"), post)
     words = ["pull", "--run", "r", "--store", str(tmp_path / "store"), "--out", str(tmp_path / "out")]
     (tmp_path / "out/saved_model").mkdir(parents=True)  # as an earlier pull left it
     with pytest.raises(SystemExit) as ended:
@@ -41,12 +45,11 @@ def test_onnx_and_saved_model_give_the_networks_own_probabilities(
     facts = json.loads((tmp_path / "out/serving.json").read_text())
     assert facts["input"]["spacing_mm_zyx"] == [1.0, 1.0, 1.0]
     assert facts["input"]["hu_window"] == [-1000.0, 400.0]
-    assert (facts["window_zyx"], facts["threshold"]) == ([32, 32, 32], 0.5)
+    assert (facts["window_zyx"], facts["threshold"]) == ([32, 32, 32], 0.25)
     session = onnxruntime.InferenceSession(tmp_path / "out/model.onnx")
     (given,) = session.get_inputs()
     assert given.name == facts["input"]["name"]
     served = tf.saved_model.load(str(tmp_path / "out/saved_model"))
-    published = load_published(store, "r")
     weights = Checkpoints(store, keys.run_root("r")).read(published.checkpoint, with_optimizer=False).weights
     network = float32_network(weights, published.recipe.model)
     random = np.random.default_rng(0)

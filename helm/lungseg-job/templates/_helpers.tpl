@@ -37,22 +37,23 @@
 
 {{- define "lungseg-job.entrypoint" -}}
 {{- $v := .Values -}}
-{{- if and (ne $v.job "evaluate") (not $v.data) -}}
+{{- $trained := has $v.job (list "evaluate" "fit-post") -}}
+{{- if and (not $trained) (not $v.data) -}}
 {{- fail (printf "job=%s needs the name of the prepared data: --set data=NAME" $v.job) -}}
 {{- end -}}
 {{- if and (ne $v.job "prepare") (not $v.run) -}}
 {{- fail (printf "job=%s needs the name of a run: --set run=NAME" $v.job) -}}
 {{- end -}}
-{{- $words := list "python" (printf "jobs/%s.py" $v.job) -}}
+{{- $words := list "python" (printf "jobs/%s.py" (replace "-" "_" $v.job)) -}}
 {{- if eq $v.job "prepare" }}{{ $words = concat $words (list $v.source.kind $v.source.dir) }}{{ end -}}
 {{- with $v.store }}{{ $words = concat $words (list "--store" .) }}{{ end -}}
-{{- if ne $v.job "evaluate" }}{{ $words = concat $words (list "--data" $v.data) }}{{ end -}}
+{{- if not $trained }}{{ $words = concat $words (list "--data" $v.data) }}{{ end -}}
 {{- if ne $v.job "prepare" }}{{ $words = concat $words (list "--run" $v.run) }}{{ end -}}
 {{- if eq $v.job "tune" }}{{ $words = concat $words (list "--trials" (int64 $v.trials | toString)) }}{{ end -}}
 {{- if eq $v.job "evaluate" }}{{ $words = concat $words (list "--split" $v.split "--out" $v.out) }}{{ end -}}
 {{- with $v.recipe -}}
-{{- if eq $v.job "evaluate" -}}
-{{- fail "job=evaluate takes no recipe: it has the run's, of which settings.segment may be changed" -}}
+{{- if $trained -}}
+{{- fail (printf "job=%s takes no recipe: it has the run's, of which settings.segment may be changed" $v.job) -}}
 {{- end -}}
 {{- $words = concat $words (list "--recipe" .) -}}
 {{- end -}}
