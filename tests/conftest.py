@@ -31,9 +31,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """One file runs in this process; more are spread, though not so far that each imports TensorFlow anew."""
+    """One file runs in this process. More are spread over one process beyond the cores, since many wait for a
+    server, though not so far that each imports TensorFlow anew."""
     one_file = len(config.args) == 1 and ".py" in config.args[0]
-    return 0 if one_file else min(os.cpu_count() or 1, 4)
+    return 0 if one_file else min((os.cpu_count() or 1) + 1, 4)
 
 
 @pytest.hookimpl(tryfirst=True)
