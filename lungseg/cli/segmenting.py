@@ -196,11 +196,10 @@ def predict(
     first = next(scans, None)
     if first:
         ensemble = load_ensemble(opened, names, given, use_post=not no_post)
-        recipes = [member.recipe for member in ensemble.members]
         networks: list[Asked] = []
         for one, volume in chain([first], scans):
             with ThreadPoolExecutor(1) as beside:  # the import of TensorFlow
-                grids = beside.submit(working_grids, volume, recipes)
+                grids = beside.submit(working_grids, volume, [member.recipe for member in ensemble.members])
                 networks = networks or _networks(opened, ensemble)
             with progress(one.case_id) as report:
                 found = segment_by_mean(networks, volume, report, grids.result())

@@ -66,6 +66,9 @@ class TuneConfig(Frozen):
         description="tree-structured Parzen estimator, Gaussian process (needs torch), CMA-ES (numbers only)",
     )
     pruner: Literal["asha", "median", "none"] = Field("asha", description="which trials are stopped early")
+    scan_seconds: bool = Field(
+        False, description="a second objective: few seconds a scan; needs pruner=none, and tpe, gp or random"
+    )
     grace_epochs: int = Field(2, ge=1, description="no trial is stopped before")
     reduction_factor: int = Field(3, ge=2, description="ASHA goes on with one trial in so many")
     concurrent_trials: int | None = Field(
@@ -81,6 +84,14 @@ class TuneConfig(Frozen):
     def _by_dotted_names(cls, space: Any) -> Any:
         """`--set tune.space.model.width=…` makes a section "model": names are joined again."""
         return dict(_flat(space, "")) if isinstance(space, Mapping) else space
+
+    @model_validator(mode="after")
+    def _two_objectives(self) -> TuneConfig:
+        if self.scan_seconds and self.pruner != "none":
+            raise ValueError("by the second objective, scan_seconds, no trial is stopped early: pruner=none")
+        if self.scan_seconds and self.sampler == "cmaes":
+            raise ValueError("cmaes does not search for a second objective, scan_seconds: take tpe")
+        return self
 
 
 def _flat(tree: Mapping[str, Any], prefix: str) -> list[tuple[str, Any]]:

@@ -80,6 +80,11 @@ def trial_root(root: str, trial: str) -> str:
     return f"{root}{_TRIALS}{trial}"
 
 
+def scan_seconds(root: str) -> str:
+    """How long the network of a trial takes for a scan."""
+    return f"{root}/scan-seconds.json"
+
+
 def run_and_trial(root: str) -> tuple[str, str]:
     """The names in a root; the trial's is empty for a run."""
     run, _, trial = root.removeprefix(RUNS).partition(_TRIALS)

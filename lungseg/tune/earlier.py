@@ -50,11 +50,17 @@ def _known(row: dict[str, Any], run: str, recipe: Recipe) -> FrozenTrial | None:
     except ValueError:  # a setting that it did not have, or a choice that is none now
         return None
     curve = {int(epoch): dice for epoch, dice in row["curve"].items()}
+    scores, attributes = [max(curve.values())], {"values": values, "seed": row["seed"]}
+    if recipe.tune.scan_seconds:
+        if row.get("scan_seconds") is None:
+            return None
+        scores.append(row["scan_seconds"])
+        attributes["scan_seconds"] = row["scan_seconds"]
     return optuna.create_trial(
         state=TrialState[row["state"].upper()],
-        value=max(curve.values()) if row["state"] == "complete" else None,
+        values=scores if row["state"] == "complete" else None,
         params=fixed.params,
         distributions=fixed.distributions,
         intermediate_values=curve,
-        user_attrs={"values": values, "seed": row["seed"], "earlier": f"{run}/{row['number']:04d}"},
+        user_attrs={**attributes, "earlier": f"{run}/{row['number']:04d}"},
     )

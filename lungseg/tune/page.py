@@ -10,7 +10,7 @@ from typing import Any
 from lungseg.config.tune import Dimension
 from lungseg.show import page
 from lungseg.tune.promote import winner
-from lungseg.tune.trials import Trial, by_score
+from lungseg.tune.trials import Trial, by_score, front
 
 Point = tuple[float, float]
 
@@ -44,7 +44,22 @@ def render(
             (trial, parallel(trial, space, top)) for trial in sorted(scored, key=by_score, reverse=True)
         ],
         seeds=over_seeds(scored),
+        paces=paces(scored, top),
+        front=front(trials),
+        slowest=max((trial.scan_seconds or 0.0 for trial in scored), default=0.0),
     )
+
+
+def paces(scored: Sequence[Trial], top: float) -> tuple[list[Point], list[Point]]:
+    """Each trial's score over the seconds that its network takes for a scan, and the front of those that none
+    beats in both; x is 1 at the slowest."""
+    slowest = max((trial.scan_seconds or 0.0 for trial in scored), default=0.0) or 1.0
+
+    def points(trials: Sequence[Trial]) -> list[Point]:
+        known = [(trial.scan_seconds, trial.val_dice or 0.0) for trial in trials]
+        return [(seconds / slowest, dice / top) for seconds, dice in known if seconds is not None]
+
+    return points(scored), points(front(scored))
 
 
 def history(scored: Sequence[Trial], top: float) -> tuple[list[Point], list[Point]]:

@@ -11,7 +11,7 @@ from lungseg.config import CheckpointConfig, Recipe
 from lungseg.runs.checkpoint import Checkpoints
 from lungseg.storage import Store, keys
 from lungseg.tune.space import with_values
-from lungseg.tune.trials import Trial, by_score
+from lungseg.tune.trials import Trial, by_score, front
 
 
 def winner(trials: Sequence[Trial]) -> Trial | None:
@@ -58,9 +58,10 @@ def _as_yaml(recipe: Recipe, root: str, data: str, best: Trial) -> str:
 
 
 def drop_losers(store: Store, root: str, trials: Sequence[Trial], keep: int) -> None:
-    """Delete checkpoints and models of ended trials but the `keep` best. Their metrics and logs stay."""
-    ended = sorted((trial for trial in trials if trial.ended), key=by_score)
-    for trial in ended[keep:]:
+    """Delete checkpoints and models of ended trials but the `keep` best and the front's. Metrics and logs
+    stay."""
+    ended, kept = sorted((trial for trial in trials if trial.ended), key=by_score), front(trials)
+    for trial in (trial for trial in ended[keep:] if trial not in kept):
         below = keys.trial_root(root, trial.name)
         for prefix in (keys.best(below), keys.best_model(below), keys.checkpoints(below)):
             store.delete([item.key for item in store.find(prefix)])

@@ -28,6 +28,7 @@ from lungseg.train.resources import trial_resources
 from lungseg.train.stop import heed_signals, is_marked, set_mark, unmarked
 from lungseg.train.worker import IMPORTS
 from lungseg.tune.earlier import earlier_trials
+from lungseg.tune.pace import measure_pace
 from lungseg.tune.page import render
 from lungseg.tune.promote import drop_losers, promote, winner
 from lungseg.tune.space import check_space, with_values
@@ -94,9 +95,12 @@ def _stopped(trials: int) -> RunError:
 def _refuse_other_space(store: Store, run: str, recipe: Recipe, mode: Mode) -> None:
     if mode != "resume" or not run_exists(store, run):
         return
-    if stored_recipe(load_run(store, run).recipe).tune.space != recipe.tune.space:
-        remedy = "give the same tune.space as before, or choose another --run name"
-        raise RunError("run-differs", run=run, message="the sweep has another space", remedy=remedy)
+    before, now = stored_recipe(load_run(store, run).recipe).tune, recipe.tune
+    for field in ("space", "scan_seconds"):
+        if getattr(before, field) != getattr(now, field):
+            message = f"the sweep has another {field}"
+            remedy = "give the same as before, or choose another --run name"
+            raise RunError("run-differs", run=run, message=message, remedy=remedy)
 
 
 class _Sweep:
@@ -173,10 +177,13 @@ class _Sweep:
             from ray.tune.integration.ray_train import TuneReportCallback
 
             chosen = with_values(recipe, json.loads(choice["values"]))
+            below = keys.trial_root(root, choice["trial"])
             try:
+                if recipe.tune.scan_seconds:
+                    measure_pace(store, below, chosen, resources)
                 fit(
                     store,
-                    keys.trial_root(root, choice["trial"]),
+                    below,
                     attempt,
                     manifest,
                     chosen,

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-HEADER = ("trial", "state", "val Dice", "epochs", "minutes", "seed", "settings")
+HEADER = ("trial", "state", "val Dice", "s/scan", "epochs", "minutes", "seed", "settings")
 _BEST_SHOWN = 8
 
 
@@ -23,9 +23,10 @@ def cells(trial: Trial) -> tuple[str, ...]:
     """A row below `HEADER`."""
     settings = " ".join(f"{name}={_short(value)}" for name, value in trial.values.items())
     dice = "-" if trial.val_dice is None else f"{trial.val_dice:.4f}"
+    pace = "-" if trial.scan_seconds is None else f"{trial.scan_seconds:.1f}"
     minutes = f"{trial.seconds / 60:.1f}"
     epochs = str(len(trial.curve))
-    return trial.name, trial.state, dice, epochs, minutes, str(trial.seed), trial.error or settings
+    return trial.name, trial.state, dice, pace, epochs, minutes, str(trial.seed), trial.error or settings
 
 
 def _short(value: object) -> str:

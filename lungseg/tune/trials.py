@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,7 +23,7 @@ from lungseg.storage import Store, keys
 from lungseg.tune.space import draw, with_values
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
-_DRAWS = 100
+_DRAWS, _CURVE = 100, "curve"
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class Trial:
     `state` is waiting (to be repeated with another seed), running, complete, pruned (stopped early), fail, or
     earlier: of another sweep, whose trial `error` names.
     `curve` is the validation Dice of each epoch it had, `val_dice` the best of them, None before the first.
-    `seconds` were spent by its workers; `error` says why it failed.
+    `seconds` were spent by its workers, and its network takes `scan_seconds` for a scan where that is an
+    objective; `error` says why it failed.
     """
 
     number: int
@@ -42,6 +44,7 @@ class Trial:
     repeats: bool = False
     val_dice: float | None = None
     seconds: float = 0.0
+    scan_seconds: float | None = None
     error: str = ""
     curve: dict[int, float] = field(default_factory=dict)
 
@@ -77,7 +80,7 @@ class Trials:
             # A sweep that goes on draws anew: with the seed of its first start it would draw the same again.
             sampler=_sampler(recipe, self._lease.number),
             pruner=_pruner(recipe),
-            direction="maximize",
+            directions=["maximize", "minimize"] if recipe.tune.scan_seconds else ["maximize"],
             load_if_exists=True,
         )
         waits = [t for t in self._frozen() if t.state == TrialState.RUNNING]
@@ -129,8 +132,15 @@ class Trials:
         known = self.all()[trial.number].curve
         for epoch in map(json.loads, lines):
             if epoch["epoch"] not in known:
-                trial.report(epoch["val_dice"], epoch["epoch"])
+                self._keep(trial, epoch["epoch"], epoch["val_dice"])
                 trial.set_user_attr("seconds", epoch["seconds"])
+
+    def _keep(self, trial: optuna.Trial, epoch: int, val_dice: float) -> None:
+        """Optuna takes no score of an epoch where there are two objectives."""
+        if self._recipe.tune.scan_seconds:
+            trial.set_user_attr(_CURVE, {**trial.user_attrs.get(_CURVE, {}), str(epoch): val_dice})
+        else:
+            trial.report(val_dice, epoch)
 
     def live(self) -> list[int]:
         """Trials that this driver began and has not ended."""
@@ -141,10 +151,12 @@ class Trials:
         epoch again when it is started again."""
         trial = self._live[number]
         if epoch not in self.all()[number].curve:
-            trial.report(val_dice, epoch)
+            self._keep(trial, epoch, val_dice)
         trial.set_user_attr("seconds", seconds)
         self._write()
-        return trial.user_attrs.get("repeats", False) or not trial.should_prune()
+        if self._recipe.tune.scan_seconds or trial.user_attrs.get("repeats", False):
+            return True
+        return not trial.should_prune()
 
     def end(self, number: int, state: str, error: str = "") -> Trial:
         """`state` is complete, pruned or fail. A trial that has no epoch has failed whatever is said."""
@@ -152,7 +164,12 @@ class Trials:
         if error:
             trial.set_user_attr("error", error)
         told = TrialState[state.upper()] if curve else TrialState.FAIL
-        self._study.tell(trial, max(curve.values()) if told == TrialState.COMPLETE else None, told)
+        values = [max(curve.values())] if told == TrialState.COMPLETE else None
+        if values and self._recipe.tune.scan_seconds:
+            key = keys.scan_seconds(keys.trial_root(self._root, f"{number:04d}"))
+            values.append(self._store.get_json(key))
+            trial.set_user_attr("scan_seconds", values[1])
+        self._study.tell(trial, values, told)
         self._write()
         return self.all()[number]
 
@@ -176,7 +193,10 @@ class Trials:
             return {}
         from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 
-        return get_param_importances(self._study, evaluator=PedAnovaImportanceEvaluator())
+        # Told what to look at, it takes the lowest for the best, and warns of that each time.
+        target = (lambda trial: -trial.values[0]) if self._recipe.tune.scan_seconds else None
+        with warnings.catch_warnings(action="ignore"):
+            return get_param_importances(self._study, evaluator=PedAnovaImportanceEvaluator(), target=target)
 
     def _frozen(self) -> list[FrozenTrial]:
         return self._study.get_trials(deepcopy=False)
@@ -188,13 +208,26 @@ class Trials:
         self._store.put(keys.trials(self._root), "".join(lines).encode())
 
 
+def front(trials: Sequence[Trial]) -> list[Trial]:
+    """Those that none beats in both objectives (Pareto), the quickest first; none where there is only one."""
+    found: list[Trial] = []
+    ended = [trial for trial in trials if trial.state == "complete" and trial.scan_seconds is not None]
+    for trial in sorted(ended, key=lambda trial: (trial.scan_seconds, by_score(trial))):
+        if not found or by_score(trial)[0] < by_score(found[-1])[0]:
+            found.append(trial)
+    return found
+
+
 def by_score(trial: Trial) -> tuple[float, int]:
     """To sort by: the best first, of equals the first."""
     return 1.0 if trial.val_dice is None else -trial.val_dice, trial.number
 
 
 def _read(trial: FrozenTrial, seed: int) -> Trial:
-    attributes, curve = trial.user_attrs, trial.intermediate_values
+    attributes = trial.user_attrs
+    curve = trial.intermediate_values or {
+        int(epoch): dice for epoch, dice in attributes.get(_CURVE, {}).items()
+    }
     return Trial(
         number=trial.number,
         state="earlier" if "earlier" in attributes else trial.state.name.lower(),
@@ -203,6 +236,7 @@ def _read(trial: FrozenTrial, seed: int) -> Trial:
         repeats=attributes.get("repeats", False),
         val_dice=max(curve.values(), default=None),
         seconds=attributes.get("seconds", 0.0),
+        scan_seconds=attributes.get("scan_seconds"),
         error=attributes.get("error", attributes.get("earlier", "")),
         curve=dict(curve),
     )

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 
 from lungseg.config.tune import Dimension
-from lungseg.tune.page import curve, fraction, history, over_seeds, render
+from lungseg.tune.page import curve, fraction, history, over_seeds, paces, render
 from lungseg.tune.trials import Trial
 
 SPACE = {
@@ -50,6 +51,16 @@ def test_charts_are_fractions_of_the_best_and_the_longest() -> None:
     [(first, count, mean, deviation)] = over_seeds(scored)
     assert (first.number, count) == (0, 2)
     assert (mean, deviation) == (pytest.approx(0.6), pytest.approx(0.2 * 2**0.5))
+
+
+def test_a_second_objective_has_its_chart_and_its_column() -> None:
+    quick = [replace(trial, scan_seconds=float(trial.number + 1)) for trial in TRIALS]
+    scored = [trial for trial in quick if trial.val_dice is not None]
+    assert paces(scored, 0.8) == ([(0.25, 0.5), (0.5, 0.125), (1.0, 1.0)], [(0.25, 0.5), (1.0, 1.0)])
+    page = render("search", SPACE, quick, {})
+    assert "trial 0000 (0.4000 in 1.0 s), trial 0003 (0.8000 in 4.0 s)." in page
+    assert "<th>s a scan</th>" in page
+    assert "a scan" not in render("search", SPACE, TRIALS, {})
 
 
 def test_the_page_has_every_trial_and_needs_nothing_else() -> None:

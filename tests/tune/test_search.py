@@ -96,7 +96,8 @@ def searched(
 def test_a_sweep_that_is_stopped_goes_on_at_the_very_step(ray_cluster: Any, tmp_path: Path) -> None:
     store, trial = open_store(tmp_path / "store"), "runs/stopped/trials/0000"
     write_balls(store, train=6, val=3)
-    recipe = load_recipe(None, [*SETTINGS, "train.epochs=1"])
+    two = ("tune.scan_seconds=true", "tune.pruner=none")
+    recipe = load_recipe(None, [*SETTINGS, "train.epochs=1", *two])
 
     def interrupt() -> None:
         while not is_marked("training"):
@@ -112,6 +113,7 @@ def test_a_sweep_that_is_stopped_goes_on_at_the_very_step(ray_cluster: Any, tmp_
     assert 0 < left.state.step < STEPS
     (ended,) = tune(store, "balls", "stopped", recipe, 1, "resume")
     assert (ended.state, list(ended.curve)) == ("complete", [1])
+    assert ended.scan_seconds == store.get_json(f"{trial}/scan-seconds.json") > 0
     assert f"from epoch 0, step {left.state.step}\n" in store.get(f"{trial}/log.txt").decode()
 
 

@@ -15,7 +15,16 @@ from lungseg.tune.trials import Trial
 
 TRIALS = [
     Trial(0, "complete", {"model.width": 8}, 0, val_dice=0.25, seconds=90, curve={1: 0.1, 2: 0.25}),
-    Trial(1, "complete", {"optimizer.power": 0.00123456}, 0, val_dice=0.5, seconds=60, curve={1: 0.5}),
+    Trial(
+        1,
+        "complete",
+        {"optimizer.power": 0.00123456},
+        0,
+        val_dice=0.5,
+        seconds=60,
+        scan_seconds=2.5,
+        curve={1: 0.5},
+    ),
     Trial(2, "fail", {}, 0, error="patch-shape"),
     Trial(3, "running", {"model.width": 16}, 0),
 ]
@@ -43,9 +52,9 @@ def test_on_a_terminal_what_runs_and_the_best_stand_below_the_log(monkeypatch: p
     assert "half a line\n" in said
     rows = [line.split() for line in said[said.rindex("trial  ") :].splitlines()[1:4]]
     assert rows == [
-        ["0003", "running", "-", "0", "0.0", "0", "model.width=16"],
-        ["0001", "complete", "0.5000", "1", "1.0", "0", "optimizer.power=0.00123"],
-        ["0000", "complete", "0.2500", "2", "1.5", "0", "model.width=8"],
+        ["0003", "running", "-", "-", "0", "0.0", "0", "model.width=16"],
+        ["0001", "complete", "0.5000", "2.5", "1", "1.0", "0", "optimizer.power=0.00123"],
+        ["0000", "complete", "0.2500", "-", "2", "1.5", "0", "model.width=8"],
     ]
 
 

@@ -14,8 +14,8 @@ from lungseg.errors import ConfigError, RunError
 from lungseg.runs.run import open_run
 from lungseg.storage import FolderStore
 from lungseg.tune.earlier import earlier_trials
-from lungseg.tune.promote import winner
-from lungseg.tune.trials import Trials
+from lungseg.tune.promote import drop_losers, winner
+from lungseg.tune.trials import Trials, front
 
 ROOT = "runs/sweep"
 SETTINGS = (
@@ -141,6 +141,34 @@ def test_cma_es_draws_from_what_it_has_seen(tmp_path: Path) -> None:
         trials.end(trial.number, "complete")
     dices = [trial.val_dice or 0.0 for trial in trials.all()]
     assert sum(dices[-12:]) > sum(dices[:12])
+
+
+def test_with_two_objectives_none_is_stopped_and_the_front_is_what_none_beats_in_both(tmp_path: Path) -> None:
+    two = ("tune.scan_seconds=true", "tune.pruner=none")
+    trials, store = opened(tmp_path, *two), FolderStore(tmp_path / "store")
+    for dice, seconds in ((0.6, 9.0), (0.5, 3.0), (0.4, 5.0), (0.7, 9.0), (0.2, 1.0), (0.5, 3.0)):
+        number = len(trials.all())
+        store.put_json(f"{ROOT}/trials/{number:04d}/scan-seconds.json", seconds)
+        assert run(trials, dice / 2, dice) == number
+    trials.begin(fine)  # has no answer yet
+    assert [trial.number for trial in front(trials.all())] == [4, 1, 3]
+    assert [trial.scan_seconds for trial in front(trials.all())] == [1.0, 3.0, 9.0]
+    assert winner(trials.all()) == trials.all()[3]
+    assert trials.all()[3].curve == {1: 0.35, 2: 0.7}
+    with warnings.catch_warnings(action="error"):
+        assert trials.importances().keys() == {"model.width", "model.depth"}
+    assert opened(tmp_path, *two).all() == trials.all()
+    for number in range(6):
+        store.put(f"{ROOT}/trials/{number:04d}/checkpoints/a", b"weights")
+    drop_losers(store, ROOT, trials.all(), keep=1)
+    kept = [item.key for item in store.find(f"{ROOT}/trials/") if item.key.endswith("/checkpoints/a")]
+    assert [key.split("/")[-3] for key in kept] == ["0001", "0003", "0004"]
+
+
+@pytest.mark.parametrize("setting", ["tune.pruner=asha", "tune.sampler=cmaes"])
+def test_a_second_objective_is_refused_where_optuna_has_none(setting: str) -> None:
+    with pytest.raises(ConfigError, match=r"second objective, scan_seconds"):
+        load_recipe(None, ["tune.scan_seconds=true", "tune.pruner=none", setting])
 
 
 def test_a_sweep_begins_with_what_an_earlier_one_has_found(tmp_path: Path) -> None:
