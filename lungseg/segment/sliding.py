@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,6 +15,8 @@ from lungseg.errors import ConfigError, RunError
 from lungseg.scan.volume import AIR_HU, bounding_box
 
 CONTEXT_VOXELS = 16  # around the lungs' box, for what grows on the pleura
+IN_FLIGHT = 2
+"""Calls of the network at a time: some operations keep a single core busy, and two calls fill both."""
 Box = tuple[slice, ...]
 Predictor = Callable[[np.ndarray], np.ndarray]
 """float32 HU [n, z, y, x, 1] -> float32 probability [n, z, y, x, 1]"""
@@ -124,8 +127,8 @@ def _tile(
 def _predicted(
     predict: Predictor, padded: np.ndarray, chunks: Sequence[list[Box]], shape: tuple[int, ...]
 ) -> Iterator[tuple[list[Box], np.ndarray]]:
-    """Each chunk of boxes with its windows' probabilities [n, z, y, x]. While the caller is at one, which is
-    a single core's work, the network is at the next."""
+    """Each chunk of boxes with its windows' probabilities [n, z, y, x], in order. The network is at the next
+    IN_FLIGHT chunks meanwhile."""
 
     def ask(chunk: list[Box]) -> np.ndarray:
         windows = np.full(shape, AIR_HU, np.float32)
@@ -133,11 +136,12 @@ def _predicted(
             windows[row, ..., 0] = padded[box]
         return np.asarray(predict(windows))[: len(chunk), ..., 0]
 
-    with ThreadPoolExecutor(1) as network:
-        asked = [network.submit(ask, chunk) for chunk in chunks[:1]]
-        for number, chunk in enumerate(chunks):
-            probability = asked.pop().result()
-            asked += [network.submit(ask, following) for following in chunks[number + 1 : number + 2]]
+    with ThreadPoolExecutor(IN_FLIGHT) as network:
+        asked = deque(network.submit(ask, chunk) for chunk in chunks[:IN_FLIGHT])
+        for chunk, later in itertools.zip_longest(chunks, chunks[IN_FLIGHT:]):
+            probability = asked.popleft().result()
+            if later:
+                asked.append(network.submit(ask, later))
             yield chunk, probability
 
 

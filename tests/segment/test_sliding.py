@@ -78,6 +78,7 @@ def test_every_call_has_one_shape_and_only_a_volume_below_the_stride_is_centred_
 
     config = SegmentConfig(window_zyx=(96, 32, 16), overlap=0, batch=4)
     predict_volume(watch, np.full((20, 70, 15), 7, np.int16), config)
+    calls.sort(key=lambda call: -np.count_nonzero(call == 7))  # two are asked at a time
 
     # 20 slices have two windows of 16, 70 rows three of 32, and 15 columns one of 16, in which one is air.
     assert [call.shape for call in calls] == [(4, 16, 32, 16, 1)] * 2
