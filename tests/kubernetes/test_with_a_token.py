@@ -17,6 +17,16 @@ from helpers.release import DATA, install, write_values
 
 pytestmark = [pytest.mark.kubernetes, pytest.mark.xdist_group("kubernetes"), pytest.mark.timeout(2400)]
 TOKEN = secrets.token_hex(16)
+SPACE = json.dumps({"optimizer.learning_rate": {"log": [1e-4, 1e-2]}})
+SMOKE = ["--data", "scans", "--recipe", "jobs/recipes/smoke.yaml"]
+JOBS = {
+    "train": ([*SMOKE, "--run", "first", "--set", "train.workers=2"], "published: val Dice"),
+    "evaluate": (["--run", "first", "--out", "/tmp/report"], "s3://lungseg/runs/first/evaluations/"),
+    "tune": (
+        [*SMOKE, "--run", "sweep", "--trials", "2", "--set", f"tune.space={SPACE}"],
+        "get the best with: lungseg pull --store s3://lungseg --run sweep",
+    ),
+}
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +40,7 @@ def address(
     more = {"auth": {"mode": "disabled"}, "extraEnv": [{"name": "RAY_AUTH_MODE", "value": "token"}, token]}
     (folder / "more.yaml").write_text(yaml.safe_dump(more))
     values = write_values(namespace, image, folder)
-    install(namespace, [*values, f"--values={folder}/more.yaml", "--set=workers[0].replicas=1"])
+    install(namespace, [*values, f"--values={folder}/more.yaml"])
     with namespace.forwarded("lungseg-head-svc", 8265) as url:
         yield url
 
@@ -51,10 +61,25 @@ def test_a_job_is_refused_without_the_token(address: str, tmp_path: Path) -> Non
     assert done.returncode != 0
 
 
-def test_with_the_token_a_job_runs_on_the_workers(address: str, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def prepared(address: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     settings = [f"data.{name}={json.dumps(value)}" for name, value in DATA.items()]
     words = ["python", "jobs/prepare.py", "pairs", "/inputs", "--data", "scans"]
     words += [word for one in settings for word in ("--set", one)]
-    done = ray_job_submit(address, tmp_path, *words, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=TOKEN)
+    home = tmp_path_factory.mktemp("home")
+    done = ray_job_submit(address, home, *words, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=TOKEN)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "data card: s3://lungseg/data/scans/" in done.stdout
+    return done.stdout
+
+
+def test_with_the_token_a_job_runs_on_the_workers(prepared: str) -> None:
+    assert "data card: s3://lungseg/data/scans/" in prepared
+
+
+@pytest.mark.parametrize("verb", JOBS)
+def test_every_job_is_submitted_alike(address: str, prepared: str, verb: str, tmp_path: Path) -> None:
+    words, said = JOBS[verb]
+    command = ["python", f"jobs/{verb}.py", *words]
+    done = ray_job_submit(address, tmp_path, *command, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=TOKEN)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert said in done.stdout
