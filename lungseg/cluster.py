@@ -33,6 +33,8 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 # Ctrl-C must end `lungseg tune` as it ends every verb, not make a result of what is there.
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
+# Its other reporter says of a sweep what it was asked to: nothing, since lungseg tells of each trial itself.
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 
 _OBJECT_STORE_BYTES = 1 << 30
 _ANSWER_SECONDS = 12.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -71,6 +72,9 @@ def killed(
     finally:
         os.killpg(driver.pid, signal.SIGKILL)
         driver.wait()
+    said = (folder / "log").read_text()
+    assert "trial 0001 begins" in said
+    assert not re.search(r"Configuration for experiment|TensorBoard|Trial trial_", said)
     return store, rows(store), pull_best(store, "search", folder / "pulled").val_dice
 
 
