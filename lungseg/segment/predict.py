@@ -145,6 +145,8 @@ def confidences(
     long. Surroundings of more than MOST_SEARCHED_MM3, an untrained network's, are not: they say nothing of
     any place.
     """
+    if not labels.any():
+        return {}
     low = cc3d.connected_components(probability > config.candidate_threshold, connectivity=26)
     voxels = np.bincount(low.ravel())
     touched = np.zeros(voxels.size, bool)

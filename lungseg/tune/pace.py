@@ -23,11 +23,12 @@ def measure_pace(store: Store, root: str, recipe: Recipe, resources: dict[str, i
     if store.exists(keys.scan_seconds(root)):
         return
     ray = connect()
-    task = ray.remote(scan_seconds).options(
+    task = ray.remote(
+        max_calls=1,  # its process goes, and TensorFlow's memory with it
         num_cpus=resources["CPU"],
         num_gpus=resources.get("GPU", 0),
         scheduling_strategy="DEFAULT",  # not in the trial's own group, which holds no cores
-    )
+    )(scan_seconds)
     store.put_json(keys.scan_seconds(root), ray.get(task.remote(recipe, resources["CPU"])))
 
 
