@@ -45,7 +45,7 @@ def test_every_job_passes_lint_and_kuberays_schema(
 @pytest.mark.parametrize("job", JOBS)
 def test_an_entry_point_names_a_script_that_exists(job: str, render_one: RenderOne) -> None:
     python, script, *_ = entrypoint(render_one("RayJob", "lungseg-job", *JOBS[job]))
-    assert (python, script) == ("python", f"jobs/{job.replace('-', '_')}.py")
+    assert (python, script) == ("python", f"jobs/{job}.py")
     assert (ROOT / script).is_file()
 
 
@@ -58,7 +58,7 @@ def test_arguments_follow_the_jobs_contract(render_one: RenderOne) -> None:
         "train": "python jobs/train.py --data lidc --run first --resume",
         "tune": "python jobs/tune.py --data lidc --run sweep --trials 7 --recipe jobs/recipes/small.yaml"
         " --resume",
-        "fit-post": "python jobs/fit_post.py --run first --set segment.mirror=false",
+        "fit-post": "python jobs/fit-post.py --run first --set segment.mirror=false",
         "evaluate": "python jobs/evaluate.py --store s3://bucket --run first --split test --out /tmp/report"
         " --set segment.overlap=0",
     }

@@ -21,6 +21,7 @@ from lungseg.submit.jobs import Cluster, _id, _job
         ("python jobs/tune.py --run 'r' --data d --trials 3", ("tune", "r")),
         ("python /app/jobs/prepare.py lidc /dicom --data d", ("prepare", "d")),
         ("python train.py --run r", None),
+        ("python jobs/fit-post.py --run r", ("fit-post", "r")),
         ("python jobs/train.py --data d", None),
         ("python jobs/train.py --data d --run", None),
     ],

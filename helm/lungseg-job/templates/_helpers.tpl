@@ -44,7 +44,7 @@
 {{- if and (ne $v.job "prepare") (not $v.run) -}}
 {{- fail (printf "job=%s needs the name of a run: --set run=NAME" $v.job) -}}
 {{- end -}}
-{{- $words := list "python" (printf "jobs/%s.py" (replace "-" "_" $v.job)) -}}
+{{- $words := list "python" (printf "jobs/%s.py" $v.job) -}}
 {{- if eq $v.job "prepare" }}{{ $words = concat $words (list $v.source.kind $v.source.dir) }}{{ end -}}
 {{- with $v.store }}{{ $words = concat $words (list "--store" .) }}{{ end -}}
 {{- if not $trained }}{{ $words = concat $words (list "--data" $v.data) }}{{ end -}}

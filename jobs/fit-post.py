@@ -1,4 +1,4 @@
-"""`ray job submit -- python jobs/fit_post.py …`: the verb `lungseg fit-post` inside a cluster's job.
+"""`ray job submit -- python jobs/fit-post.py …`: the verb `lungseg fit-post` inside a cluster's job.
 
 Settings and credentials come from the job's environment (LUNGSEG_STORE, AWS_*).
 """
