@@ -6,7 +6,7 @@ import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import numpy as np
 
@@ -137,7 +137,9 @@ def _predicted(
         return np.asarray(predict(windows))[: len(chunk), ..., 0]
 
     with ThreadPoolExecutor(IN_FLIGHT) as network:
-        asked = deque(network.submit(ask, chunk) for chunk in chunks[:IN_FLIGHT])
+        asked = deque(network.submit(ask, chunk) for chunk in chunks[:1])
+        wait(asked)  # on its own: the first call builds what the others use, and is soon seen as progress
+        asked.extend(network.submit(ask, chunk) for chunk in chunks[1:IN_FLIGHT])
         for chunk, later in itertools.zip_longest(chunks, chunks[IN_FLIGHT:]):
             probability = asked.popleft().result()
             if later:
