@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from lungseg.errors import ConfigError, LungsegError, StorageError
+from lungseg.nodes import keep_warm, on_its_node
 from lungseg.show import duration
 from lungseg.telemetry import Progress, Relay, log, waiting
-from lungseg.warm import Server
+from lungseg.warm import Server, executable, server_name
 
 # Read when Ray is imported. Under `uv run`, Ray would ship the working folder and build a second
 # virtual environment for its workers; ours have the same one already.
@@ -44,6 +45,8 @@ worker_lines = ExitStack()
 atexit.register(worker_lines.close)
 _relays: list[Relay] = []
 _warm: list[Server] = []
+_warm_on_nodes: list[str] = []
+"""The name of the server on each node of the cluster that was joined, where Ray can be told of it."""
 
 
 def show_worker_lines() -> None:
@@ -77,10 +80,14 @@ def await_store(check: Callable[[], None], minutes: float) -> None:
 
 
 def warm_up(first: str, with_ray: str) -> None:
-    """Begin to import what the workers of a local Ray will need, as `Server.preload` has it, while the driver
-    is busy with other things. On a cluster nothing is done."""
+    """Begin to import what Ray's workers will need, as `Server.preload` has it, on this machine or on every
+    node of a cluster, while the driver is busy with other things. Raises what `connect` raises."""
     if not on_a_cluster():
         _server().preload(first, with_ray)
+        return
+    ray = connect()
+    if _warm_on_nodes:
+        keep_warm(ray, _warm_on_nodes[-1], first, with_ray)
 
 
 def _server() -> Server:
@@ -89,8 +96,7 @@ def _server() -> Server:
     if _warm and _warm[0].taken and not runs:
         _warm.pop().close()
     if not _warm:
-        with _rays_folder() as folder:
-            _warm.append(Server(folder))
+        _warm.append(Server(server_name()))
     return _warm[0]
 
 
@@ -156,7 +162,7 @@ def _join(ray: Any, address: str) -> None:
     try:
         with waiting("waiting for Ray", 5):
             _wait_for_answer(address)
-            ray.init(logging_level=logging.WARNING, log_to_driver=True)
+            ray.init(logging_level=logging.WARNING, log_to_driver=True, runtime_env=_nodes_environment())
     except ValueError as error:
         remedy = "set it to HOST:6379, or to auto on a node of the cluster; http:// is for `ray job submit`"
         raise ConfigError("cluster-address", RAY_ADDRESS=address, remedy=remedy) from error
@@ -165,6 +171,15 @@ def _join(ray: Any, address: str) -> None:
         raise ConfigError(
             "cluster-unreachable", RAY_ADDRESS=address, message=str(error), remedy=remedy
         ) from error
+
+
+def _nodes_environment() -> dict[str, str] | None:
+    """What has Ray start this job's workers by the servers of `warm_up`, where there are any."""
+    mine = "py_executable" in os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "")
+    if mine or os.environ["RAY_ADDRESS"].startswith("ray://"):
+        return None
+    _warm_on_nodes.append(on_its_node(server_name()))
+    return {"py_executable": executable(_warm_on_nodes[-1])}
 
 
 def _wait_for_answer(address: str) -> None:
@@ -208,7 +223,7 @@ def _start_local(ray: Any) -> None:
                     object_store_memory=_OBJECT_STORE_BYTES,
                     logging_level=logging.ERROR,
                     log_to_driver=log("cluster").isEnabledFor(logging.DEBUG),
-                    runtime_env={"py_executable": server.executable},
+                    runtime_env={"py_executable": executable(server.name)},
                 )
             return
         except Exception as error:

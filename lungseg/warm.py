@@ -5,7 +5,8 @@ process that has them needs a tenth of a second, and shares their memory with it
 workers by the command `Server.executable`: this module, which hands arguments, environment and open files of
 the worker to the server. Where none answers, the worker starts as it ever did.
 
-The server itself does nothing but import: neither threads nor devices outlive a fork.
+The server itself does nothing but import: neither threads nor devices outlive a fork. Should an import have
+opened a GPU nonetheless, nothing is forked from it.
 """
 
 from __future__ import annotations
@@ -16,16 +17,17 @@ import json
 import logging
 import os
 import runpy
+import secrets
 import selectors
 import shlex
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from struct import Struct
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
@@ -34,20 +36,31 @@ _WAITING = 128
 _OOM_SCORE = "/proc/self/oom_score_adj"
 # What Ray reads when it is imported, so that a server is of use to one job of one node.
 _OF_RAY = ("RAY_JOB_ID", "RAY_RAYLET_PID")
+_CREDENTIALS = Struct("3i")  # process, user, group
+_GPUS = ("/dev/nvidia", "/dev/kfd", "/dev/dri")
+
+
+def server_name() -> str:
+    """For a `Server`: nobody else has it."""
+    return f"lungseg-warm-{secrets.token_hex(8)}"
+
+
+def executable(name: str) -> str:
+    """A shell's words that start a Python process by the server of that name, as Ray's `py_executable` wants
+    them. A $NAME in it is the variable of that process's environment."""
+    return f"{shlex.quote(sys.executable)} -m lungseg.warm {shlex.quote(name)}"
 
 
 class Server:
     """A server that ends with this process, however that ends, or by `close`. It is of use to one Ray, whose
-    start sets `taken`. Its socket is in a folder of its own in `folder`; raises OSError where none can be."""
+    start sets `taken`. Its socket has a name and no file, so that nothing is left of it; raises OSError where
+    the name is taken."""
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, name: str) -> None:
         self.taken = False
-        self._folder = tempfile.TemporaryDirectory(
-            prefix="lungseg-warm-", dir=folder, ignore_cleanup_errors=True
-        )
-        self._path = os.path.join(self._folder.name, "socket")
+        self.name = name
         with socket.socket(socket.AF_UNIX) as listening:
-            listening.bind(self._path)
+            listening.bind(_address(name))
             listening.listen(_WAITING)
             # Nobody writes to this pipe: its end tells the server that this process has gone.
             gone, self._here = os.pipe()
@@ -58,22 +71,36 @@ class Server:
             )
             os.close(gone)
 
-    @property
-    def executable(self) -> str:
-        """A shell's words that start a Python process by this server, as Ray's `py_executable` wants them."""
-        return f"{shlex.quote(sys.executable)} -m lungseg.warm {shlex.quote(self._path)}"
-
     def preload(self, first: str, with_ray: str) -> None:
         """Have two functions, each "module:function", called in the server for what they import: `first` now,
-        and `with_ray` once Ray can be imported, which is when it starts its first worker."""
-        with suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
-            connection.connect(self._path)
+        and `with_ray` once Ray can be imported, which is when it starts its first worker, or now, where this
+        is a worker of that Ray itself."""
+        with suppress(OSError), _connected(self.name) as connection:
             connection.sendall(json.dumps({"preload": [first, with_ray]}).encode())
 
     def close(self) -> None:
         os.close(self._here)
         self._process.wait()
-        self._folder.cleanup()
+
+
+def _address(name: str) -> str:
+    return f"\0{name}"
+
+
+@contextmanager
+def _connected(name: str) -> Iterator[socket.socket]:
+    """Raises OSError where no server of this user answers."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(_address(os.path.expandvars(name)))
+        if not _of_this_user(connection):
+            raise PermissionError(name)
+        yield connection
+
+
+def _of_this_user(connection: socket.socket) -> bool:
+    """A name without a file has no permissions: who is at the other end is asked of the kernel."""
+    peer = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    return bool(_CREDENTIALS.unpack(peer)[1] == os.getuid())
 
 
 @dataclass(frozen=True)
@@ -86,13 +113,12 @@ class _Start:
     oom_score: str
 
 
-def _start(path: str, arguments: list[str]) -> NoReturn:
-    """Have the server at `path` fork what this process was to become, then end: Ray is told the other's id by
-    itself."""
+def _start(name: str, arguments: list[str]) -> NoReturn:
+    """Have the server of that name fork what this process was to become, then end: Ray is told the other's
+    id by itself."""
     with open(_OOM_SCORE, encoding="ascii") as oom_score:
         start = _Start(arguments, dict(os.environ), os.getcwd(), oom_score.read())
-    with suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
-        connection.connect(path)
+    with suppress(OSError), _connected(name) as connection:
         socket.send_fds(connection, [b" "], [0, 1, 2])
         connection.sendall(json.dumps({"start": asdict(start)}).encode())
         connection.shutdown(socket.SHUT_WR)
@@ -117,8 +143,8 @@ class _Forks:
         while self._gone not in {key.fd for key, _ in self._ready.select()}:
             connection, _ = self._listening.accept()
             with connection:
-                self._answer(connection)
-        shutil.rmtree(os.path.dirname(self._listening.getsockname()), ignore_errors=True)
+                if _of_this_user(connection):
+                    self._answer(connection)
 
     def _answer(self, connection: socket.socket) -> None:
         message, files = _receive(connection)
@@ -126,6 +152,8 @@ class _Forks:
             first, with_ray = message["preload"]
             self._import(first)
             self._with_ray.append(with_ray)
+            if all(name in os.environ for name in _OF_RAY):
+                self._import_ray(dict(os.environ))
         elif "start" in message:
             start = _Start(**message["start"])
             if self._knows(start):
@@ -140,22 +168,38 @@ class _Forks:
             os.close(file)
 
     def _knows(self, start: _Start) -> bool:
-        """Whether Ray, once imported as it is here, is right for that worker."""
-        theirs = [start.environment.get(name) for name in _OF_RAY]
+        """Whether this process, with Ray as it is imported here, is right for that worker."""
+        if self._of_ray is None or self._with_ray:
+            self._import_ray(start.environment)
+        return self._of_ray == _of_ray(start.environment) and not _holds_a_gpu()
+
+    def _import_ray(self, environment: dict[str, str]) -> None:
         if self._of_ray is None:
-            self._of_ray = theirs
-            os.environ.update(start.environment)
+            self._of_ray = _of_ray(environment)
+            os.environ.update(environment)
             import ray._private.workers.default_worker  # noqa: F401
 
             _leave_ids_to_the_forks()
         while self._with_ray:
             self._import(self._with_ray.pop())
-        return self._of_ray == theirs
 
     def _import(self, function: str) -> None:
         module, _, name = function.partition(":")
         getattr(importlib.import_module(module), name)()
         gc.freeze()  # what the collector does not touch stays shared
+
+
+def _of_ray(environment: dict[str, str]) -> list[str | None]:
+    return [environment.get(name) for name in _OF_RAY]
+
+
+def _holds_a_gpu() -> bool:
+    """CUDA cannot be used in the fork of a process that has begun to use it."""
+    for file in os.scandir("/proc/self/fd"):
+        with suppress(OSError):  # the listing's own is closed by now
+            if os.readlink(file.path).startswith(_GPUS):
+                return True
+    return False
 
 
 def _leave_ids_to_the_forks() -> None:

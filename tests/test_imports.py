@@ -22,6 +22,7 @@ ROOMS: dict[str, set[str]] = {
     "telemetry": {"storage"},
     "exporter": {"storage"},
     "warm": {"errors", "show", "config", "storage", "telemetry", "exporter"},
+    "nodes": {"errors", "show", "config", "storage", "telemetry", "exporter"},
     "cluster": {"storage"},
     "scan": {"storage"},
     "dataset": set(),
@@ -113,8 +114,8 @@ def test_only_storage_speaks_to_object_stores() -> None:
 
 
 def test_only_a_few_modules_know_ray() -> None:
-    allowed = {"lungseg.cluster", "lungseg.warm", "lungseg.dataset.prepare", "lungseg.exporter"}
-    allowed |= {"lungseg.tune.search", "lungseg.submit.jobs"}
+    allowed = {"lungseg.cluster", "lungseg.nodes", "lungseg.warm", "lungseg.dataset.prepare"}
+    allowed |= {"lungseg.exporter", "lungseg.tune.search", "lungseg.submit.jobs"}
     allowed |= {f"lungseg.train.{name}" for name in ("launch", "ready", "stop", "worker")}
     assert users("ray") <= allowed
     assert users("ray", module_level=True) == set()

@@ -1,4 +1,4 @@
-"""Real sweeps over crops of nodules: trials an hour, memory, and the best Dice so far, by method and seed.
+"""Real sweeps over crops of nodules: trials an hour, memory, and how the best Dice rose, by method and seed.
 
     uv run python tests/benchmarks/sweep_trials.py CROPS [--trials 4] [--minutes 60] [--seeds 1]
         [--methods "random" "TPE, ASHA"] [--cold] [--set tune.concurrent_trials=2]
@@ -26,12 +26,13 @@ from typing import Any
 from meter import Meter, process_tree
 from sweep import METHODS
 
-from lungseg import warm
+from lungseg import cluster, warm
 from lungseg.config import Recipe, load_recipe
 from lungseg.dataset.prepare import prepare
 from lungseg.sources import pairs
 from lungseg.storage import open_store
 from lungseg.tune.search import tune
+from lungseg.tune.trials import Trials
 
 RECIPE = Path(__file__).parents[2] / "jobs" / "recipes" / "lidc-crops.yaml"
 SETTINGS = (
@@ -72,24 +73,38 @@ class Memory:
             time.sleep(3)
 
 
+def watched(began: float) -> list[tuple[int, float]]:
+    """Seconds and best validation Dice so far, at each epoch from now on that was better."""
+    rises: list[tuple[int, float]] = []
+    report = Trials.report
+
+    def noted(self: Trials, number: int, epoch: int, val_dice: float, seconds: float) -> bool:
+        if not rises or val_dice > rises[-1][1]:
+            rises.append((round(time.monotonic() - began), round(val_dice, 4)))
+        return report(self, number, epoch, val_dice, seconds)
+
+    Trials.report = noted
+    return rises
+
+
 def one(options: argparse.Namespace, method: str, seed: int) -> dict[str, Any]:
     """A sweep in this process."""
     store, recipe = open_store(options.store), recipe_of(options, method, seed)
     run = f"{method.replace(', ', '-').lower()}-{seed}-{'cold' if options.cold else 'warm'}"
     if options.cold:
-        warm.Server.executable = property(lambda self: shlex.quote(sys.executable))
+        cluster.executable = lambda folder: shlex.quote(sys.executable)
         warm.Server.preload = lambda *arguments: None
     memory, began = Memory(), time.monotonic()
+    rises = watched(began)
     with Meter(1.0) as meter:
         found = tune(store, "crops", run, recipe, options.trials, minutes=options.minutes)
     seconds = time.monotonic() - began
-    best = max(trial.val_dice or 0.0 for trial in found)
     return {
         "method": method, "seed": seed, "cold": options.cold, "trials": len(found),
         "seconds": round(seconds), "trials_an_hour": round(3600 * len(found) / seconds, 1),
         "cpu_seconds_a_trial": round(meter.cpu_seconds / len(found), 1),
         "seconds_trained_a_trial": round(sum(trial.seconds for trial in found) / len(found), 1),
-        "best_val_dice": round(best, 4), "pss_mib": round(memory.most.total()),
+        "best_val_dice": rises[-1][1], "rises": rises, "pss_mib": round(memory.most.total()),
         "by_process": {
             f"{memory.count[title]} {title}": round(mib) for title, mib in memory.most.most_common(8)
         },
