@@ -21,6 +21,7 @@ SPACE = json.dumps({"optimizer.learning_rate": {"log": [1e-4, 1e-2]}})
 SMOKE = ["--data", "scans", "--recipe", "jobs/recipes/smoke.yaml"]
 JOBS = {
     "train": ([*SMOKE, "--run", "first", "--set", "train.workers=2"], "published: val Dice"),
+    "fit-post": (["--run", "first"], "s3://lungseg/runs/first/post/"),
     "evaluate": (["--run", "first", "--out", "/tmp/report"], "s3://lungseg/runs/first/evaluations/"),
     "tune": (
         [*SMOKE, "--run", "sweep", "--trials", "2", "--set", f"tune.space={SPACE}"],
