@@ -138,10 +138,8 @@ def start_exporter(config: TelemetryConfig) -> Any | None:
     if config.metrics_port is None:
         return None
     import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     actor: Any = ray.remote(Exporter)
-    (head, *_) = [node["NodeID"] for node in ray.nodes() if "node:__internal_head__" in node["Resources"]]
     try:
         exporter = actor.options(
             name=NAME,
@@ -149,8 +147,9 @@ def start_exporter(config: TelemetryConfig) -> Any | None:
             get_if_exists=True,
             lifetime="detached",
             num_cpus=0,
+            # An actor that asks for nothing goes anywhere, whatever node it would rather have.
+            resources={"node:__internal_head__": 0.001},
             max_restarts=-1,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(head, soft=True),
         ).remote(config)
         address, problem = ray.get(exporter.serve.remote(), timeout=_START_SECONDS)
     except ray.exceptions.RayError as error:

@@ -31,39 +31,6 @@ pytestmark = pytest.mark.slow
 LUNGSEG = [sys.executable, "-m", "lungseg.cli"]
 RAY = str(Path(sysconfig.get_path("scripts")) / "ray")
 PLANNED = '[{"nodes": 1, "CPU": "2", "GPU": 0}]'
-LOOK_AT_A_WORKER = """
-import os, sys, time
-from lungseg import cluster, nodes
-from lungseg.train.worker import IMPORTS
-
-nodes._IDLE_SECONDS = 3
-def served():
-    name = cluster._warm_on_nodes[-1].partition("$")[0]
-    return {line.split()[-1] for line in open("/proc/net/unix") if name in line}
-def until(there):
-    deadline = time.monotonic() + 60
-    while len(served()) != there and time.monotonic() < deadline:
-        time.sleep(0.1)
-    print(len(served()), "served")
-
-cluster.warm_up(*IMPORTS)
-ray = cluster.connect()
-
-@ray.remote(num_cpus=1)
-class Worker:
-    def look(self):
-        parent = open(f"/proc/{os.getppid()}/cmdline").read()
-        return {"tensorflow", "ray.train", "lungseg.train.loop"} <= set(sys.modules), "lungseg.warm" in parent
-
-until(1)
-worker = Worker.remote()
-print(*ray.get(worker.look.remote()))
-time.sleep(8)
-until(1)
-del worker
-until(0)
-print(*ray.get(Worker.remote().look.remote()))
-"""
 
 
 @dataclass
@@ -316,11 +283,18 @@ def test_what_goes_on_by_ray_job_submit_ends_with_a_checkpoint_to_pull(
 def test_workers_begin_with_their_imports_done_on_every_node_that_has_cores_and_work(
     cluster: Cluster, node: Node
 ) -> None:
-    driver = cluster.begin("-c", LOOK_AT_A_WORKER, program=[sys.executable], RAY_ADDRESS=cluster.gcs)
-    code, said = ended(driver)
+    driver = [str(ROOT / "tests/helpers/look_at_nodes.py"), "workers"]
+    code, said = ended(cluster.begin(*driver, program=[sys.executable], RAY_ADDRESS=cluster.gcs))
     assert code == 0, said
     told = [line for line in said.splitlines() if re.fullmatch(r"\d served|\w+ \w+", line)]
     assert told == ["1 served", "True True", "1 served", "0 served", "False False"], said
+
+
+def test_metrics_are_served_by_the_head(cluster: Cluster, node: Node) -> None:
+    driver = [str(ROOT / "tests/helpers/look_at_nodes.py"), "exporter"]
+    where = {"RAY_ADDRESS": cluster.gcs, "METRICS_PORT": str(free_ports(1)[0])}
+    code, said = ended(cluster.begin(*driver, program=[sys.executable], **where))
+    assert (code, said.count("on the head\n")) == (0, 5), said
 
 
 def kill_driver(cluster: Cluster) -> None:
