@@ -12,7 +12,8 @@ def manifests(balls: Any, run: str) -> list[str]:
 
 def actors(below: int | None = None) -> dict[int, str]:
     """Class of each actor by its process, below this process or another: other sessions have theirs."""
-    import psutil  # Ray's own copy
+    import ray  # noqa: F401  # whose copy it is
+    import psutil  # isort: skip
 
     found = {}
     for process in psutil.Process(below).children(recursive=True):

@@ -28,8 +28,8 @@ SETTINGS = (
 
 
 @contextmanager
-def sweep(store: Store, log: Path, *more: str) -> Iterator[subprocess.Popen[bytes]]:
-    """`lungseg tune` with a Ray of its own, once each trial has told of a step."""
+def sweep(store: Store, log: Path, begin: int, *more: str) -> Iterator[subprocess.Popen[bytes]]:
+    """`lungseg tune` with a Ray of its own, once each trial has told of a step of its `begin`-th begin."""
     words = [word for setting in SETTINGS for word in ("--set", setting)]
     command = [sys.executable, "-m", "lungseg.cli", "tune", "--store", store.uri, "--data", "balls"]
     command += ["--run", "sweep", "--trials", "2", *words, *more]
@@ -39,7 +39,7 @@ def sweep(store: Store, log: Path, *more: str) -> Iterator[subprocess.Popen[byte
         process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True, env=environment)
     try:
         deadline = time.monotonic() + 240
-        while not all(b": loss " in told(store, trial) for trial in TRIALS):
+        while not all(b": loss " in told(store, trial, begin) for trial in TRIALS):
             assert process.poll() is None, log.read_text()[-2000:]
             assert time.monotonic() < deadline
             time.sleep(0.1)
@@ -50,10 +50,11 @@ def sweep(store: Store, log: Path, *more: str) -> Iterator[subprocess.Popen[byte
         process.wait()
 
 
-def told(store: Store, trial: str) -> bytes:
-    """The present driver's part of a trial's log."""
+def told(store: Store, trial: str, begin: int) -> bytes:
+    """What a trial's log says from its `begin`-th begin on."""
     key = f"runs/sweep/trials/{trial}/log.txt"
-    return store.get(key).rpartition(b"from epoch 0, ")[2] if store.exists(key) else b""
+    *_, last = (store.get(key) if store.exists(key) else b"").split(b"from epoch 0, ", begin)[begin:] or [b""]
+    return last
 
 
 def committed(store: Store, trial: str) -> int:
@@ -65,15 +66,15 @@ def committed(store: Store, trial: str) -> int:
 def test_one_ctrl_c_commits_all_trials_under_way_and_a_second_one_waits_for_none(tmp_path: Path) -> None:
     store, log = open_store(tmp_path / "store"), tmp_path / "log"
     write_balls(store, train=6, val=3)
-    with sweep(store, log) as process:
+    with sweep(store, log, 1) as process:
         os.killpg(process.pid, signal.SIGINT)
         assert process.wait(timeout=120) == 130, log.read_text()
     assert "trials under way: 2" in log.read_text().splitlines()[-1]
     steps = [committed(store, trial) for trial in TRIALS]
     assert all(0 < step < 5000 for step in steps)
-    with sweep(store, log, "--resume") as process:
+    with sweep(store, log, 2, "--resume") as process:
         for trial, step in zip(TRIALS, steps, strict=True):
-            assert told(store, trial).startswith(f"step {step}\n".encode())
+            assert told(store, trial, 2).startswith(f"step {step}\n".encode())
         for worker in train_workers(process.pid):
             os.kill(worker, signal.SIGSTOP)  # so that the first Ctrl-C would wait for ever
         process.send_signal(signal.SIGINT)
