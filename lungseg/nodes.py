@@ -20,48 +20,56 @@ def on_its_node(name: str) -> str:
 def keep_warm(ray: Any, name: str, first: str, with_ray: str) -> None:
     """Have a server, named `on_its_node`, on every node with cores, also on those that come later, with the
     imports of `Server.preload`; all end with this driver."""
-    arguments = (ray, name, first, with_ray)
-    threading.Thread(target=_keep, args=arguments, name="lungseg-warm", daemon=True).start()
+    servers = _Servers(ray, (name, first, with_ray))
+    threading.Thread(target=servers.keep, name="lungseg-warm", daemon=True).start()
 
 
-def _keep(ray: Any, name: str, first: str, with_ray: str) -> None:
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as OnNode
+class _Servers:
+    """An actor holds each. Any actor counts as work: an autoscaler would not take an idle node away, and one
+    that drains would stay until its deadline. So there the server goes, and does not come back."""
 
-    actor = ray.remote(num_cpus=0)(WarmServer)
-    served: dict[str, Any] = {}
-    used: dict[str, float] = {}
-    with suppress(Exception):  # Ray has been shut down, or its head has gone: then the driver hears of it
-        while ray.is_initialized():
-            for node in _with_cores(ray):
-                key = node["NodeID"]
-                if key not in served:
-                    there = actor.options(scheduling_strategy=OnNode(key, soft=False))
-                    served[key] = there.remote(name, first, with_ray)
-                    used[key] = time.monotonic()
-            _let_idle_ones_go(ray, served, used)
-            time.sleep(_LOOK_SECONDS)
+    def __init__(self, ray: Any, arguments: tuple[str, str, str]) -> None:
+        self._ray, self._arguments = ray, arguments
+        self._actor = ray.remote(num_cpus=0)(WarmServer)
+        self._actors: dict[str, Any] = {}  # by node; None where it has gone
+        self._used: dict[str, float] = {}
 
+    def keep(self) -> None:
+        with suppress(Exception):  # Ray has been shut down, or its head has gone: then the driver hears of it
+            while self._ray.is_initialized():
+                self.look()
+                time.sleep(_LOOK_SECONDS)
 
-def _with_cores(ray: Any) -> list[dict[str, Any]]:
-    return [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
+    def look(self) -> None:
+        from ray._private.state import available_resources_per_node, state
 
+        free, draining, now = available_resources_per_node(), state.get_draining_nodes(), time.monotonic()
+        for node in self._ray.nodes():
+            key, total = node["NodeID"], node["Resources"]
+            if not node["Alive"] or total.get("CPU", 0) < 1:
+                continue
+            if key not in self._actors:
+                self._begin(key)
+            kinds = {"CPU", "GPU"} & total.keys()
+            if key not in self._used or any(free.get(key, total).get(kind) != total[kind] for kind in kinds):
+                self._used[key] = now
+            if key in draining or now - self._used[key] > _IDLE_SECONDS:
+                self._end(key)
 
-def _let_idle_ones_go(ray: Any, served: dict[str, Any], used: dict[str, float]) -> None:
-    """An autoscaler takes away what nobody works on, and any actor counts as work."""
-    from ray._private.state import available_resources_per_node
+    def _begin(self, node: str) -> None:
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as OnNode
 
-    free, now = available_resources_per_node(), time.monotonic()
-    for node in _with_cores(ray):
-        key, total = node["NodeID"], node["Resources"]
-        if any(free.get(key, total).get(kind) != total[kind] for kind in ("CPU", "GPU") if kind in total):
-            used[key] = now
-        elif served[key] is not None and now - used[key] > _IDLE_SECONDS:
-            ray.kill(served[key])
-            served[key] = None
+        there = self._actor.options(scheduling_strategy=OnNode(node, soft=False))
+        self._actors[node] = there.remote(*self._arguments)
+
+    def _end(self, node: str) -> None:
+        actor, self._actors[node] = self._actors[node], None
+        if actor is not None:
+            self._ray.kill(actor)
 
 
 class WarmServer:
-    """The actor that holds a node's server."""
+    """The actor that holds a node's server. Processes that were forked from it outlive it."""
 
     def __init__(self, name: str, first: str, with_ray: str) -> None:
         from lungseg.warm import Server

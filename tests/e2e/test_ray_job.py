@@ -280,21 +280,28 @@ def test_what_goes_on_by_ray_job_submit_ends_with_a_checkpoint_to_pull(
     assert (tmp_path / "out" / "model.keras").stat().st_size > 0
 
 
-def test_workers_begin_with_their_imports_done_on_every_node_that_has_cores_and_work(
-    cluster: Cluster, node: Node
-) -> None:
-    driver = [str(ROOT / "tests/helpers/look_at_nodes.py"), "workers"]
-    code, said = ended(cluster.begin(*driver, program=[sys.executable], RAY_ADDRESS=cluster.gcs))
+def look(cluster: Cluster, what: str, **environment: str) -> list[str]:
+    """What a job's driver tells of the nodes."""
+    driver = [str(ROOT / "tests/helpers/look_at_nodes.py"), what]
+    environment |= {"RAY_ADDRESS": cluster.gcs, "PYTHONPATH": str(ROOT / "tests")}
+    code, said = ended(cluster.begin(*driver, program=[sys.executable], **environment))
     assert code == 0, said
-    told = [line for line in said.splitlines() if re.fullmatch(r"\d served|\w+ \w+", line)]
-    assert told == ["1 served", "True True", "1 served", "0 served", "False False"], said
+    return re.findall(r"(?m)^(?:\d served|(?:True|False) (?:True|False)|on the head|elsewhere)$", said)
 
 
 def test_metrics_are_served_by_the_head(cluster: Cluster, node: Node) -> None:
-    driver = [str(ROOT / "tests/helpers/look_at_nodes.py"), "exporter"]
-    where = {"RAY_ADDRESS": cluster.gcs, "METRICS_PORT": str(free_ports(1)[0])}
-    code, said = ended(cluster.begin(*driver, program=[sys.executable], **where))
-    assert (code, said.count("on the head\n")) == (0, 5), said
+    assert look(cluster, "exporter", METRICS_PORT=str(free_ports(1)[0])) == 5 * ["on the head"]
+
+
+def test_workers_begin_with_their_imports_done_on_every_node_that_has_cores_and_work(
+    cluster: Cluster, node: Node
+) -> None:
+    assert look(cluster, "workers") == ["1 served", "True True", "1 served", "0 served", "False False"]
+
+
+def test_a_node_that_drains_is_not_held_by_its_warm_processes(cluster: Cluster, node: Node) -> None:
+    # Its worker goes on, and is nobody's child any more.
+    assert look(cluster, "drain") == ["1 served", "True True", "0 served", "True False"]
 
 
 def kill_driver(cluster: Cluster) -> None:

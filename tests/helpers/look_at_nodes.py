@@ -1,6 +1,6 @@
 """A job's driver, which tells where a cluster has what belongs to the job.
 
-python look_at_nodes.py workers|exporter
+python look_at_nodes.py workers|exporter|drain
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from helpers.train_watch import tell_ray_that_a_node_drains
 
 from lungseg import cluster, nodes
 from lungseg.config import load_recipe
@@ -39,6 +41,19 @@ def look_at_workers() -> None:
     print(*ray.get(actor.remote().look.remote()))
 
 
+def look_at_a_node_that_drains() -> None:
+    """Its deadline is far, and it has a worker still."""
+    cluster.warm_up(*IMPORTS)
+    ray = cluster.connect()
+    tell_of_servers(1)
+    worker = ray.remote(num_cpus=1)(Worker).remote()
+    print(*ray.get(worker.look.remote()))
+    (node,) = [one["NodeID"] for one in ray.nodes() if one["Alive"] and one["Resources"].get("CPU")]
+    tell_ray_that_a_node_drains(node, seconds=600)
+    tell_of_servers(0)
+    print(*ray.get(worker.look.remote()))
+
+
 def tell_of_servers(wanted: int) -> None:
     """How many there are, as soon as there are so many, or after a minute."""
     name, deadline = cluster._warm_on_nodes[-1].partition("$")[0], time.monotonic() + 60
@@ -64,4 +79,6 @@ def look_at_exporter() -> None:
 
 
 if __name__ == "__main__":
-    {"workers": look_at_workers, "exporter": look_at_exporter}[sys.argv[1]]()
+    {"workers": look_at_workers, "exporter": look_at_exporter, "drain": look_at_a_node_that_drains}[
+        sys.argv[1]
+    ]()

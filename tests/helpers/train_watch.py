@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 
@@ -29,6 +30,19 @@ def actors(below: int | None = None) -> dict[int, str]:
 
 def train_workers(below: int | None = None) -> set[int]:
     return {pid for pid, name in actors(below).items() if name == "RayTrainWorker"}
+
+
+def tell_ray_that_a_node_drains(node: str, seconds: int) -> None:
+    """As its autoscaler would: the node is to be gone in so many seconds."""
+    import ray
+    from ray._raylet import GcsClient
+    from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+
+    reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    deadline_ms = (time.time_ns() // 1_000_000) + 1000 * seconds
+    gcs = GcsClient(address=ray.get_runtime_context().gcs_address)
+    accepted, why = gcs.drain_node(node, reason, "a test", deadline_ms)
+    assert accepted, why
 
 
 def assert_same_end(balls: Any, run: str, undisturbed: str) -> None:

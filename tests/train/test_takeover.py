@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.train_watch import assert_same_end, manifests, train_workers
+from helpers.train_watch import assert_same_end, manifests, tell_ray_that_a_node_drains, train_workers
 
 from lungseg.errors import RunError
 
@@ -52,7 +52,7 @@ def test_a_worker_whose_node_drains_commits_within_the_epoch_and_goes_on_elsewhe
     def drain() -> None:
         while not balls.store.exists(f"runs/{run}/claims/000001.json"):
             time.sleep(0.02)
-        tell_ray_that_the_newest_node_drains(seconds=20)
+        tell_ray_that_a_node_drains(newest_node(), seconds=20)
         while not manifests(balls, run):
             time.sleep(0.02)
         committed.append(balls.final(run).state.step)
@@ -72,17 +72,12 @@ def test_a_worker_whose_node_drains_commits_within_the_epoch_and_goes_on_elsewhe
     assert balls.final(run).state.step == 1500
 
 
-def tell_ray_that_the_newest_node_drains(seconds: int) -> None:
+def newest_node() -> str:
     import ray
-    from ray._raylet import GcsClient
-    from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
-    here = ray.get_runtime_context()
-    (node,) = {node["NodeID"] for node in ray.nodes() if node["Alive"]} - {here.get_node_id()}
-    reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
-    deadline_ms = (time.time_ns() // 1_000_000) + 1000 * seconds
-    accepted, why = GcsClient(address=here.gcs_address).drain_node(node, reason, "a test", deadline_ms)
-    assert accepted, why
+    here = ray.get_runtime_context().get_node_id()
+    (node,) = {node["NodeID"] for node in ray.nodes() if node["Alive"]} - {here}
+    return str(node)
 
 
 JOINS = """

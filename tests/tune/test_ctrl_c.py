@@ -50,6 +50,17 @@ def sweep(store: Store, log: Path, begin: int, *more: str) -> Iterator[subproces
         process.wait()
 
 
+@contextmanager
+def standing_still(workers: set[int]) -> Iterator[None]:
+    for worker in workers:
+        os.kill(worker, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for worker in workers:  # which cannot see that their command has gone
+            os.kill(worker, signal.SIGKILL)
+
+
 def told(store: Store, trial: str, begin: int) -> bytes:
     """What a trial's log says from its `begin`-th begin on."""
     key = f"runs/sweep/trials/{trial}/log.txt"
@@ -75,11 +86,10 @@ def test_one_ctrl_c_commits_all_trials_under_way_and_a_second_one_waits_for_none
     with sweep(store, log, 2, "--resume") as process:
         for trial, step in zip(TRIALS, steps, strict=True):
             assert told(store, trial, 2).startswith(f"step {step}\n".encode())
-        for worker in train_workers(process.pid):
-            os.kill(worker, signal.SIGSTOP)  # so that the first Ctrl-C would wait for ever
-        process.send_signal(signal.SIGINT)
-        while "a second time ends at once" not in log.read_text():
-            time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=30) == 130, log.read_text()
+        with standing_still(train_workers(process.pid)):  # the first Ctrl-C would wait for ever
+            process.send_signal(signal.SIGINT)
+            while "a second time ends at once" not in log.read_text():
+                time.sleep(0.1)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=30) == 130, log.read_text()
     assert [committed(store, trial) for trial in TRIALS] == steps
