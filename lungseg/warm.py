@@ -2,8 +2,8 @@
 
 A worker of Ray Train imports TensorFlow, Ray and pandas for some 15 s of a core. One that is forked from a
 process that has them needs a tenth of a second, and shares their memory with its siblings. Ray starts its
-workers by the command `Server.executable`: this module, which hands arguments, environment and open files of
-the worker to the server. Where none answers, the worker starts as it ever did.
+workers by the command `executable`: this module, which hands arguments, environment and open files of the
+worker to the server. Where none answers, the worker starts as it ever did.
 
 The server itself does nothing but import: neither threads nor devices outlive a fork. Should an import have
 opened a GPU nonetheless, nothing is forked from it.
