@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -57,8 +57,9 @@ def standing_still(workers: set[int]) -> Iterator[None]:
     try:
         yield
     finally:
-        for worker in workers:  # which cannot see that their command has gone
-            os.kill(worker, signal.SIGKILL)
+        for worker in workers:  # which cannot see that their command has gone; Ray may have ended one
+            with suppress(ProcessLookupError):
+                os.kill(worker, signal.SIGKILL)
 
 
 def told(store: Store, trial: str, begin: int) -> bytes:
