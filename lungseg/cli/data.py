@@ -36,13 +36,16 @@ def phantom(
     out: Out,
     scans: Annotated[int, typer.Option(min=1, help="How many scans.")] = 8,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same scans.")] = 0,
+    hard: Annotated[
+        bool, typer.Option("--hard", help="Small and attached nodules, decoys, kernels, thick slices too.")
+    ] = False,
 ) -> None:
     """Write synthetic chest CT as DICOM. Its nodules are painted from real LIDC contours."""
     from lungseg.sources.phantom.write import write_phantom
     from lungseg.telemetry import progress
 
     with progress("synthetic scans") as report:
-        folders = write_phantom(out, scans, seed, report)
+        folders = write_phantom(out, scans, seed, report, hard)
     print(f"{len(folders)} synthetic scans (not patients) below {out}")
 
 

@@ -83,7 +83,7 @@ def test_without_arguments_there_is_help(
     ("verb", "flags"),
     [
         ("demo", "--out --store"),
-        ("phantom", "--out --scans --seed"),
+        ("phantom", "--out --scans --seed --hard"),
         ("prepare lidc", "--store --data --recipe --set --skip-broken"),
         ("prepare pairs", "--store --data --recipe --set --skip-broken"),
         ("train", "--store --data --run --recipe --set --resume --new"),

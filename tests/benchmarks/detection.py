@@ -1,0 +1,183 @@
+"""Detection on whole scans after equal minutes of training: lungseg beside MONAI.
+
+    uv run python tests/benchmarks/detection.py --peer-python peers/bin/python --work FOLDER \
+        [--minutes 8] [--seeds 0 1 2] [--only lungseg MONAI] [--set a.b=c]
+
+24 hard phantoms (`lungseg phantom --hard`), 16 to train on and 8 to test. Every contestant gets the same
+scans on the grid of 1 mm, the same two cores and minutes, counted from the start of its loop (what prepares
+the data is not counted), and a U-Net of equal levels; it says of each test scan a probability, and all are
+scored here by the code of `lungseg evaluate`, with the same threshold, smallest size and candidates. MONAI
+has RandCropByPosNegLabel, DynUNet and SlidingWindowInferer on the body's box; it knows no lungs, so a second
+row has what lies in them (by lungseg). Nobody validates: the network of the last step is scored. Contestants
+take turns; phantoms, data set and results stay in the folder, and measured rows are not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+
+from detection_ours import DATA, SETTINGS  # noqa: E402
+
+from lungseg.config import Recipe, load_recipe  # noqa: E402
+from lungseg.dataset.manifest import Manifest, load_manifest  # noqa: E402
+from lungseg.dataset.prepare import prepare  # noqa: E402
+from lungseg.dataset.stored_scans import read_scan  # noqa: E402
+from lungseg.evaluate.case import evaluate_case  # noqa: E402
+from lungseg.evaluate.kept import Prediction  # noqa: E402
+from lungseg.evaluate.summary import summary_tree  # noqa: E402
+from lungseg.scan.lungs import lung_mask  # noqa: E402
+from lungseg.scan.resample import resample, resample_onto  # noqa: E402
+from lungseg.sources import lidc  # noqa: E402
+from lungseg.sources.phantom.write import write_phantom  # noqa: E402
+from lungseg.storage import Store, open_store  # noqa: E402
+from lungseg.telemetry import progress  # noqa: E402
+
+TRAIN, TEST, SEED = 16, 8, 0
+CONTESTANTS = ("lungseg", "MONAI")
+COLUMNS = {
+    "cpm": "CPM",
+    "sensitivity": "sensitivity",
+    "false_positives_per_scan": "false positives a scan",
+    "per_nodule_dice": "Dice a nodule",
+    "dice": "Dice a scan",
+    "soft_dice": "soft Dice a scan",
+    "ece": "calibration error",
+}
+
+
+def make_data(work: Path, recipe: Recipe) -> tuple[Store, Manifest]:
+    """The data set in a store, and for MONAI each training scan as .npz on the same grid: made once."""
+    store = open_store(str(work / "store"))
+    if (work / "data_is_made").exists():
+        return store, load_manifest(store, DATA)
+    with progress("phantoms") as report:
+        write_phantom(work / "dicom", TRAIN + TEST, SEED, report, hard=True)
+    cases, _ = lidc.find_cases(work / "dicom", recipe.data.lidc)
+    names = sorted(case.case_id for case in cases)
+    table = {name: "test" if number % 3 == 2 else "train" for number, name in enumerate(names)}
+    (work / "split.json").write_text(json.dumps(table))
+    with progress("scans prepared") as report:
+        manifest = prepare(store, DATA, cases, recipe.data, report)
+    (work / "train").mkdir(exist_ok=True)
+    for case in cases:
+        if case.case_id in manifest.cases["train"]:
+            scan = case.load()
+            working = resample(scan.volume, recipe.data.spacing_mm)
+            nodule = (scan.numbers > 0).astype(np.float32)
+            mask = resample_onto(nodule, scan.volume.geometry, working.geometry)
+            np.savez(work / "train" / case.case_id, hu=working.volume_hu, mask=mask >= 0.5)
+    (work / "data_is_made").touch()
+    return store, manifest
+
+
+def run(contestant: str, seed: int, work: Path, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Train, predict and score; the rows of the results."""
+    recipe = load_recipe(None, [*SETTINGS, f"data.split.file={work / 'split.json'}"])
+    store, manifest = make_data(work, recipe)
+    entries = manifest.require_held_out("test")
+    with tempfile.TemporaryDirectory() as folder:
+        job = Path(folder) / "job.json"
+        facts = {"work": str(work), "folder": folder, "seed": seed, "minutes": options.minutes}
+        job.write_text(json.dumps(facts | {"settings": options.set}))
+        if contestant == "MONAI":
+            for entry in entries:
+                np.save(Path(folder) / f"{entry.case_id}.hu.npy", read_scan(store, entry).volume.volume_hu)
+        ours = contestant == "lungseg"
+        script = HERE / ("detection_ours.py" if ours else "detection_peer.py")
+        done = subprocess.run(
+            [sys.executable if ours else options.peer_python, str(script), str(job)],
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            sys.exit(f"{contestant} failed: {done.stderr[-3000:]}")
+        told = json.loads(done.stdout.splitlines()[-1])
+        results: dict[str, list[Any]] = {}
+        for number, entry in enumerate(entries):
+            stored = read_scan(store, entry)
+            probability = np.load(Path(folder) / f"{entry.case_id}.npy")
+            lungs = lung_mask(stored.volume)
+            for title, within in titles(contestant, lungs):
+                prediction = Prediction(stored.volume.geometry, probability, within)
+                one = evaluate_case(stored, prediction, recipe.segment, entry.case_id, number)
+                results.setdefault(title, []).append(one)
+    for title, scored in results.items():
+        tree = summary_tree(scored, recipe.segment.candidate_score)
+        figures = tree["summary"] | {
+            "cpm": tree["detection"]["luna16"]["cpm"]["value"],
+            "ece": tree["calibration"]["ece"],
+        }
+        chosen = {name: figures[name] for name in (*COLUMNS, "nodules")}
+        yield {"contestant": title, "seed": seed, "minutes": options.minutes, **told, **chosen}
+
+
+def titles(contestant: str, lungs: np.ndarray) -> list[tuple[str, np.ndarray | None]]:
+    if contestant == "lungseg":
+        return [("lungseg", lungs)]
+    return [("MONAI", None), ("MONAI, in the lungs", lungs)]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Means over the seeds, and the least and the most."""
+    lines = [
+        f"| minutes | contestant | seeds | steps | {' | '.join(COLUMNS.values())} |",
+        f"|--:|---|--:|--:|{'--:|' * len(COLUMNS)}",
+    ]
+    for minutes, title in dict.fromkeys((row["minutes"], row["contestant"]) for row in rows):
+        those = [row for row in rows if (row["minutes"], row["contestant"]) == (minutes, title)]
+        steps = f"{statistics.median(row['steps'] for row in those):.0f}"
+        cells = []
+        for name in COLUMNS:
+            values = [row[name] for row in those]
+            cells.append(f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})")
+        lines.append(f"| {minutes:g} | {title} | {len(those)} | {steps} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--peer-python", default=sys.executable, help="that has torch and monai")
+    parser.add_argument("--work", type=Path, required=True, help="where phantoms and results stay")
+    parser.add_argument("--minutes", type=float, default=8)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--only", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
+    parser.add_argument("--set", nargs="+", default=[], help="settings over lungseg's recipe")
+    options = parser.parse_args()
+    os.environ.setdefault("LUNGSEG_CASE_KEY", "a key for this benchmark")
+    work = options.work.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    results = work / "detection.jsonl"
+    rows = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    for seed in options.seeds:
+        for contestant in options.only:
+            if (contestant, seed, options.minutes) in {
+                (row["contestant"], row["seed"], row["minutes"]) for row in rows
+            }:
+                continue
+            for row in run(contestant, seed, work, options):
+                rows.append(row)
+                with results.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+                print(f"{row['contestant']}, seed {seed}: CPM {row['cpm']:.3f}", file=sys.stderr, flush=True)
+    print(f"{rows[0]['nodules']} nodules in {TEST} scans" if rows else "nothing measured")
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

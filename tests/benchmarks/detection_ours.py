@@ -1,0 +1,76 @@
+"""lungseg's part of `detection.py`: the data set that is there, through the real train and predict.
+
+    python detection_ours.py JOB.json
+
+Writes what the network says of each test scan, float16 [z, y, x], into the job's folder and prints what was
+done as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+
+from lungseg.config import load_recipe
+from lungseg.dataset.manifest import load_manifest
+from lungseg.dataset.stored_scans import read_scan
+from lungseg.scan.lungs import lung_mask
+from lungseg.segment.sliding import predict_volume
+from lungseg.storage import open_store
+from lungseg.train.launch import train
+
+DATA = "hard"
+SETTINGS = [
+    "data.lidc.max_slice_thickness_mm=5",
+    "data.patch.shape_zyx=[48,48,48]",
+    "data.patch.positives_per_nodule=12",
+    "data.patch.hard_negatives_per_scan=48",
+    "data.shard.target_mib=16",
+    "data.split.val=0",
+    "model.width=8",
+    "model.depth=4",
+    "optimizer.learning_rate=2e-3",
+    "optimizer.warmup_steps=30",
+    "train.global_batch=4",
+    "train.steps_per_epoch=25",
+    "train.epochs=100000",
+    "train.patience_epochs=100000",
+    "train.publish=last",
+    "checkpoint.every_epochs=20",
+]
+
+
+def main() -> None:
+    job = SimpleNamespace(**json.loads(Path(sys.argv[1]).read_text()))
+    work, run = Path(job.work), f"seed{job.seed}"
+    recipe = load_recipe(None, [
+        *SETTINGS, f"data.split.file={work / 'split.json'}", f"train.max_minutes={job.minutes}",
+        f"train.seed={job.seed}", *job.settings,
+    ])  # fmt: skip
+    data = open_store(str(work / "store"))
+    train(data, DATA, run, recipe, "restart")
+    lines = [json.loads(line) for line in data.get(f"runs/{run}/metrics.jsonl").decode().splitlines()]
+
+    from lungseg.runs.export import load_best
+
+    model = load_best(data, run)
+    for entry in load_manifest(data, DATA).require_held_out("test"):
+        volume = read_scan(data, entry).volume
+        said = predict_volume(
+            model.predict,
+            volume.volume_hu,
+            recipe.segment,
+            lungs=lung_mask(volume),
+            multiple=recipe.model.total_stride,
+        )
+        np.save(Path(job.folder) / f"{entry.case_id}.npy", said.astype(np.float16))
+    precision = model.network.dtype_policy.compute_dtype
+    print(json.dumps({"steps": lines[-1]["step"], "seconds": lines[-1]["seconds"], "precision": precision}))
+
+
+if __name__ == "__main__":
+    main()
