@@ -26,11 +26,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ray
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
-from detection_ours import DATA, SETTINGS  # noqa: E402
+from detection_ours import DATA, RECIPE, SETTINGS  # noqa: E402
 
 from lungseg.config import Recipe, load_recipe  # noqa: E402
 from lungseg.dataset.manifest import Manifest, load_manifest  # noqa: E402
@@ -72,6 +73,7 @@ def make_data(work: Path, recipe: Recipe) -> tuple[Store, Manifest]:
     (work / "split.json").write_text(json.dumps(table))
     with progress("scans prepared") as report:
         manifest = prepare(store, DATA, cases, recipe.data, report)
+    ray.shutdown()  # nothing runs beside the contestants
     (work / "train").mkdir(exist_ok=True)
     for case in cases:
         if case.case_id in manifest.cases["train"]:
@@ -86,7 +88,7 @@ def make_data(work: Path, recipe: Recipe) -> tuple[Store, Manifest]:
 
 def run(contestant: str, seed: int, work: Path, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Train, predict and score; the rows of the results."""
-    recipe = load_recipe(None, [*SETTINGS, f"data.split.file={work / 'split.json'}"])
+    recipe = load_recipe(RECIPE, [*SETTINGS, f"data.split.file={work / 'split.json'}"])
     store, manifest = make_data(work, recipe)
     entries = manifest.require_held_out("test")
     with tempfile.TemporaryDirectory() as folder:
@@ -120,8 +122,9 @@ def run(contestant: str, seed: int, work: Path, options: argparse.Namespace) -> 
         figures = tree["summary"] | {
             "cpm": tree["detection"]["luna16"]["cpm"]["value"],
             "ece": tree["calibration"]["ece"],
+            "cpm_by_score": tree["detection"]["cpm_by_score"],
         }
-        chosen = {name: figures[name] for name in (*COLUMNS, "nodules")}
+        chosen = {name: figures[name] for name in (*COLUMNS, "nodules", "cpm_by_score")}
         yield {"contestant": title, "seed": seed, "minutes": options.minutes, **told, **chosen}
 
 

@@ -1,4 +1,4 @@
-"""lungseg's part of `detection.py`: the data set that is there, through the real train and predict.
+"""lungseg's part of `detection.py`: `jobs/recipes/scans-cpu.yaml` through the real train and predict.
 
     python detection_ours.py JOB.json
 
@@ -24,18 +24,10 @@ from lungseg.storage import open_store
 from lungseg.train.launch import train
 
 DATA = "hard"
+RECIPE = Path(__file__).parents[2] / "jobs" / "recipes" / "scans-cpu.yaml"
 SETTINGS = [
     "data.lidc.max_slice_thickness_mm=5",
-    "data.patch.shape_zyx=[48,48,48]",
-    "data.patch.positives_per_nodule=12",
-    "data.patch.hard_negatives_per_scan=48",
-    "data.shard.target_mib=16",
     "data.split.val=0",
-    "model.width=8",
-    "model.depth=4",
-    "optimizer.learning_rate=2e-3",
-    "optimizer.warmup_steps=30",
-    "train.global_batch=4",
     "train.steps_per_epoch=25",
     "train.epochs=100000",
     "train.patience_epochs=100000",
@@ -47,7 +39,7 @@ SETTINGS = [
 def main() -> None:
     job = SimpleNamespace(**json.loads(Path(sys.argv[1]).read_text()))
     work, run = Path(job.work), f"seed{job.seed}"
-    recipe = load_recipe(None, [
+    recipe = load_recipe(RECIPE, [
         *SETTINGS, f"data.split.file={work / 'split.json'}", f"train.max_minutes={job.minutes}",
         f"train.seed={job.seed}", *job.settings,
     ])  # fmt: skip

@@ -25,7 +25,7 @@ from monai.losses import DiceCELoss
 from monai.networks.nets import DynUNet
 from monai.utils import set_determinism
 
-THREADS, CROP, WINDOW, RATE, WARMUP, SCANS, CROPS_A_SCAN = 2, 48, 96, 2e-3, 30, 2, 2
+THREADS, CROP, WINDOW, RATE, WARMUP, SCANS, CROPS_A_SCAN = 2, 32, 48, 2e-3, 30, 2, 2
 FILTERS = (8, 16, 32, 64)
 BFLOAT16 = any(flag in Path("/proc/cpuinfo").read_text() for flag in ("avx512_bf16", "amx_bf16"))
 
@@ -89,7 +89,7 @@ def predict(model: torch.nn.Module, hu: np.ndarray) -> np.ndarray:
     image = torch.from_numpy(np.clip((hu[None].astype(np.float32) + 1000) / 700 - 1, -1, 1))
     before = mt.CropForegroundd("image", "image", select_fn=lambda part: part > -0.28, margin=16)
     data = before({"image": image})
-    windows = SlidingWindowInferer((WINDOW,) * 3, sw_batch_size=2, overlap=0.25, mode="gaussian")
+    windows = SlidingWindowInferer((WINDOW,) * 3, sw_batch_size=8, overlap=0.25, mode="gaussian")
 
     def forward(part: torch.Tensor) -> torch.Tensor:
         return model(part.contiguous(memory_format=torch.channels_last_3d)).float()
