@@ -111,7 +111,7 @@ def test_the_first_read_wins_where_the_second_one_is_slower_still(
     assert 0.5 < time.monotonic() - began < 2
     began = time.monotonic()
     reads.stop()  # the stalled one was cut off
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 5
 
 
 def test_an_answer_of_the_second_read_that_is_an_error_changes_nothing(
@@ -162,14 +162,14 @@ def test_stopping_cuts_off_reads_wherever_they_are(late: tuple[S3Store, FaultPro
         reads.stop()
         with pytest.raises(CancelledError):
             under_way.result()
-        assert time.monotonic() - began < 1
+        assert time.monotonic() - began < 5
     with pytest.raises(CancelledError):
         reads.get("key", 0, 8)
 
 
 def test_a_cancelled_read_leaves_others_alone(late: tuple[S3Store, FaultProxy]) -> None:
     store, proxy = late
-    proxy.late_seconds = 1.0
+    proxy.late_seconds = 3.0
     proxy.script["GET"].extend(["slow-first-byte", "slow-first-byte"])
     one, other = Read(), Read()
     with ThreadPoolExecutor(2) as pool:
@@ -180,7 +180,7 @@ def test_a_cancelled_read_leaves_others_alone(late: tuple[S3Store, FaultProxy]) 
             time.sleep(0.01)
         one.cancel()
         with pytest.raises(ReadCancelled):
-            cut.result(timeout=0.5)
+            cut.result(timeout=2)
         kept.result()
         assert outs[1] == bytes(range(8))
     one.cancel()  # ended long ago

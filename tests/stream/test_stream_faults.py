@@ -204,8 +204,8 @@ def test_ctrl_c_ends_a_process_at_once_whatever_its_reads_wait_for(
         time.sleep(0.5)
         process.send_signal(signal.SIGINT)
         began = time.monotonic()
-        _, errors = process.communicate(timeout=10)
-        assert time.monotonic() - began < 3
+        _, errors = process.communicate(timeout=30)
+        assert time.monotonic() - began < 10
         assert process.returncode == -signal.SIGINT  # what Python makes of a KeyboardInterrupt
         assert errors.strip().endswith("KeyboardInterrupt")
     finally:
