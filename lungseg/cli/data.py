@@ -19,6 +19,7 @@ from lungseg.cli.options import (
     Series,
     StoreUri,
     Submitted,
+    read_lines,
     read_recipe,
 )
 
@@ -34,18 +35,35 @@ SkipBroken = Annotated[bool, typer.Option("--skip-broken", help=_SKIP_HELP)]
 @app.command()
 def phantom(
     out: Out,
-    scans: Annotated[int, typer.Option(min=1, help="How many scans.")] = 8,
+    scans: Annotated[int | None, typer.Option(min=1, help="How many scans; 8 by default.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same scans.")] = 0,
     hard: Annotated[
         bool, typer.Option("--hard", help="Small and attached nodules, decoys, kernels, thick slices too.")
     ] = False,
+    crops: Annotated[
+        int | None, typer.Option(min=1, help="In place of scans so many pairs, 64 mm around a nodule each.")
+    ] = None,
+    without: Annotated[
+        Path | None,
+        typer.Option(help="Text file of LIDC's patients, one a line: not their contours."),
+    ] = None,
 ) -> None:
     """Write synthetic chest CT as DICOM. Its nodules are painted from real LIDC contours."""
+    from lungseg.errors import ConfigError
+    from lungseg.sources.phantom.crops import write_crops
     from lungseg.sources.phantom.write import write_phantom
     from lungseg.telemetry import progress
 
+    left_out = read_lines(without, "patients-file", "a patient (LIDC-IDRI-0001)") if without else []
+    if crops:
+        if scans:
+            raise ConfigError("flags-contradict", remedy="give --scans or --crops, not both")
+        with progress("synthetic crops") as report:
+            write_crops(out, crops, seed, report, left_out)
+        print(f"{crops} synthetic crops (not patients) below {out}")
+        return
     with progress("synthetic scans") as report:
-        folders = write_phantom(out, scans, seed, report, hard)
+        folders = write_phantom(out, scans or 8, seed, report, hard, left_out)
     print(f"{len(folders)} synthetic scans (not patients) below {out}")
 
 

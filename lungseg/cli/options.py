@@ -101,16 +101,20 @@ def read_recipe(
 
 def read_runs(names: list[str], file: Path | None) -> list[str]:
     """The names given, and those in the file. Raises ConfigError("runs-file", "runs-needed")."""
-    lines: list[str] = []
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines() if file else []
-    except (OSError, ValueError) as error:
-        remedy = f"give a text file with the name of a run in each line ({error})"
-        raise ConfigError("runs-file", file=file, remedy=remedy) from error
-    found = [*names, *checked_names([line.strip() for line in lines if line.strip()])]
+    found = [*names, *checked_names(read_lines(file, "runs-file", "the name of a run") if file else [])]
     if not found:
         raise ConfigError("runs-needed", remedy="name one with --run, or several in the file of --runs")
     return found
+
+
+def read_lines(file: Path, code: str, each: str) -> list[str]:
+    """A text file's lines, but blank ones; `each` says what is in one. Raises ConfigError of that code."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        remedy = f"give a text file with {each} in each line ({error})"
+        raise ConfigError(code, file=file, remedy=remedy) from error
+    return [line.strip() for line in lines if line.strip()]
 
 
 def read_space(file: Path | None) -> list[str]:

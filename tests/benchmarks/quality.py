@@ -1,22 +1,25 @@
 """Segmentation quality after equal minutes of training, on real nodules: lungseg beside MONAI.
 
     uv run python tests/benchmarks/quality.py --peer-python peers/bin/python --results quality.jsonl \
-        [--minutes 5 15] [--folds 0 1 2 3 4] [--only lungseg dynunet dynunet-narrow basicunet] [--set a.b=c]
+        [--minutes 5 15] [--folds 0 1 2 3 4] [--pretrained STORE] [--set a.b=c] \
+        [--only lungseg lungseg-pretrained dynunet dynunet-narrow basicunet]
 
 94 real LIDC nodules of 94 patients (51^3 voxels of 1 mm around each), 5 folds of patients. Every contestant
 trains on the same patients with the same two cores for the same minutes, counted from the start of its loop
 (graph tracing included, imports and the building of the network not), predicts the fold's
 test crops by windows of 48^3, as trained, and is scored here by the Dice of each nodule at probability 0.5.
-Nobody validates: the network of the last step is scored. Each network is scored with
-the mean over mirror images, as nnU-Net does, and without. Contestants take turns within a fold. Results are
-appended to a file as they come and are not measured again, so the hours may be had in pieces; the
-table is printed from the file.
+Nobody validates: the network of the last step is scored, with the mean over mirror images, as nnU-Net does,
+and without. `lungseg-pretrained` begins with the weights of the run `phantoms` of STORE, a folder; whom that
+run must not have seen, `--patients` prints. Contestants take turns within a fold. Results are appended to a
+file as they come and are not measured again, so the hours may be had in pieces; the table is printed from the
+file.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -32,8 +35,11 @@ sys.path.insert(0, str(HERE.parent))
 
 from helpers.servers import REAL_DATA  # noqa: E402
 
+from lungseg.sources import pairs  # noqa: E402
+
 CROPS = REAL_DATA / "lidc_crops"
-CONTESTANTS = ("lungseg", "dynunet", "dynunet-narrow", "basicunet")
+CONTESTANTS = ("lungseg", "lungseg-pretrained", "dynunet", "dynunet-narrow", "basicunet")
+PRETRAINED = "phantoms"
 SMALL_VOXELS = 300
 
 
@@ -51,8 +57,12 @@ def run(contestant: str, fold: int, minutes: float, options: argparse.Namespace)
         job = Path(folder) / "job.json"
         work = {"crops": str(CROPS), "split": split(fold), "minutes": minutes, "folder": folder}
         work |= {"name": contestant, "batch": options.peer_batch, "settings": options.set}
+        if contestant == "lungseg-pretrained":
+            begun = Path(folder) / "store" / "runs" / PRETRAINED
+            shutil.copytree(options.pretrained / "runs" / PRETRAINED, begun)
+            work["settings"] = [*options.set, f"train.init_from={PRETRAINED}"]
         job.write_text(json.dumps(work))
-        ours = contestant == "lungseg"
+        ours = contestant.startswith("lungseg")
         script = HERE / ("quality_ours.py" if ours else "quality_peer.py")
         command = [sys.executable if ours else options.peer_python, str(script), str(job)]
         done = subprocess.run(command, capture_output=True, text=True)
@@ -128,7 +138,9 @@ def main() -> None:
     )
     parser.add_argument("--peer-python", default=sys.executable, help="that has torch and monai")
     parser.add_argument("--peer-batch", type=int, default=4)
-    parser.add_argument("--results", type=Path, required=True)
+    parser.add_argument("--results", type=Path, default=Path("quality.jsonl"))
+    parser.add_argument("--pretrained", type=Path, help="a folder's store with the run phantoms")
+    parser.add_argument("--patients", action="store_true", help="print those of all crops, and do no more")
     parser.add_argument("--minutes", type=float, nargs="+", default=[5, 15])
     parser.add_argument("--folds", type=int, nargs="+", default=list(range(5)))
     parser.add_argument("--only", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
@@ -136,6 +148,11 @@ def main() -> None:
     options = parser.parse_args()
     if not CROPS.exists():
         sys.exit(f"the crops are not there: {CROPS}")
+    if options.patients:
+        print("\n".join(sorted({pairs.patient_of(name) for name in split(0)["train"] + split(0)["test"]})))
+        return
+    if options.pretrained is None:
+        options.only = [one for one in options.only if one != "lungseg-pretrained"]
     rows = []
     if options.results.exists():
         rows = [json.loads(line) for line in options.results.read_text().splitlines()]

@@ -83,7 +83,7 @@ def test_without_arguments_there_is_help(
     ("verb", "flags"),
     [
         ("demo", "--out --store"),
-        ("phantom", "--out --scans --seed --hard"),
+        ("phantom", "--out --scans --seed --hard --crops --without"),
         ("prepare lidc", "--store --data --recipe --set --skip-broken"),
         ("prepare pairs", "--store --data --recipe --set --skip-broken"),
         ("train", "--store --data --run --recipe --set --resume --new"),
@@ -179,6 +179,8 @@ def test_documented_calls_get_as_far_as_their_first_missing_input(
         ("predict --run r --out o", "Missing argument 'INPUT...'"),
         ("prepare lidc --data d", "Missing argument 'DICOM_DIR'"),
         ("train --data d --run r --resume --new", "flags-contradict"),
+        ("phantom --out o --crops 3 --scans 3", "flags-contradict"),
+        ("phantom --out o --without none.txt", "patients-file"),
         ("phantom --scans 1 --out=", "folder-empty (folder='')"),
         ("train --data d --run ../r", "name-invalid"),
         ("train --data a/b --run r", "name-invalid"),

@@ -25,6 +25,12 @@ STANDS_OUT = 0.35
 EMPTY_BAYS = 6
 OPENING = 0.7  # what a bay's radius gains over its way inwards
 EDGE_MM = 1.0  # over which two tissues mix: the blur of a scanner
+Window = tuple[slice, slice, slice]
+
+
+def whole(shape_zyx: tuple[int, int, int]) -> Window:
+    depth, height, width = shape_zyx
+    return slice(0, depth), slice(0, height), slice(0, width)
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,9 @@ class Chest:
 
     Each lesion has aerated lung around it. In a `hard` one only what would lie in the wall is let in: lung
     reaches around its inner side, and it hangs on the wall by its outer one.
+
+    With a `window` only those voxels are made, and `axis_index`, the indices of slices and the arrays are of
+    that part; what is where is the same.
     """
 
     fissure_slope = 0.9
@@ -66,16 +75,17 @@ class Chest:
         lesions: Sequence[Lesion],
         rng: np.random.Generator,
         hard: bool = False,
+        window: Window | None = None,
     ) -> None:
         self.spacing_mm = np.array(spacing_mm, np.float32)
-        self.axis_index = np.array([0, shape_zyx[1] / 2, shape_zyx[2] / 2], np.float32)
+        axis_index = np.array([0, shape_zyx[1] / 2, shape_zyx[2] / 2], np.float32)
         # Plain floats: with a float64 of NumPy every float32 slice would become float64.
         self.height = float(shape_zyx[0] * spacing_mm[0])
         width = float(shape_zyx[2] * spacing_mm[2]) * rng.uniform(0.97, 1.03)
         self.half_y, self.half_x = 0.26 * width, 0.38 * width
         corners = np.array([lesion.corner_zyx for lesion in lesions]).reshape(-1, 3)
         sizes = np.array([lesion.mask.shape for lesion in lesions]).reshape(-1, 3)
-        middles = (corners + (sizes - 1) / 2 - self.axis_index) * self.spacing_mm
+        middles = (corners + (sizes - 1) / 2 - axis_index) * self.spacing_mm
         self.lesions_mm = self.pockets_mm = middles.astype(np.float32)
         self.pocket_radii = (sizes * self.spacing_mm).max(axis=1).astype(np.float32) / 2 + POCKET_MM
         if hard:
@@ -92,15 +102,17 @@ class Chest:
             np.array([0.52 * self.height, 0.2 * self.half_y, -0.30 * self.half_x]),
             np.array([0.55 * self.height, 0.2 * self.half_y, 0.32 * self.half_x]),
         )
+        part = window or whole(shape_zyx)
+        self.axis_index = axis_index - np.array([side.start for side in part], np.float32)
         self.y, self.x = (
-            ((np.arange(count) - middle) * step).astype(np.float32).reshape(form)
-            for count, middle, step, form in zip(
-                shape_zyx[1:], self.axis_index[1:], spacing_mm[1:], [(-1, 1), (1, -1)], strict=True
+            ((np.arange(side.start, side.stop) - middle) * step).astype(np.float32).reshape(form)
+            for side, middle, step, form in zip(
+                part[1:], axis_index[1:], spacing_mm[1:], [(-1, 1), (1, -1)], strict=True
             )
         )
         self.all = self.plan(self.y, self.x)
         self.angle = np.arctan2(np.abs(self.x), self.y)  # 0 at the spine, pi at the sternum
-        self.texture = _Texture(shape_zyx, rng)
+        self.texture = _Texture(shape_zyx, part, rng)
         self.body_hu = self._body()
 
     def _open_bays(self, rng: np.random.Generator) -> None:
@@ -194,7 +206,7 @@ class Chest:
 
     def slice_hu(self, index: int) -> np.ndarray:
         """float32 HU [y, x] of one slice without vessels, airways, lesions and noise."""
-        z = float(index * self.spacing_mm[0])
+        z = float((index - self.axis_index[0]) * self.spacing_mm[0])
         cage = self.all.radius - self.all.wall * self.taper(z)
         soft = self.texture.at(index)
         hu = self.body_hu + 12 * soft
@@ -227,6 +239,8 @@ class Chest:
         _bone(ribs, np.maximum(np.abs(cage[shell] - 5) - 4, np.abs(phase - 6) - 5))
         hu[shell] = ribs
         middle = np.flatnonzero(np.abs(self.x[0]) < 30)
+        if not middle.size:
+            return
         columns = slice(middle[0], middle[-1] + 1)
         x, y, hu = self.x[:, columns], self.y, hu[:, columns]
         back = y - 0.95 * self.half_y
@@ -238,15 +252,17 @@ class Chest:
 
 
 class _Texture:
-    """Smooth random fields of unit variance, about 10 mm wide, made slice by slice."""
+    """Smooth random fields of unit variance, about 10 mm wide, made slice by slice in a window."""
 
-    def __init__(self, shape_zyx: tuple[int, int, int], rng: np.random.Generator) -> None:
+    def __init__(self, shape_zyx: tuple[int, int, int], window: Window, rng: np.random.Generator) -> None:
         depth, height, width = shape_zyx
         self.coarse = rng.standard_normal((depth // 4 + 2, 40, 40)).astype(np.float32)
-        self.rows, self.columns = _tents(height, 40), _tents(width, 40)
+        slices, rows, columns = window
+        self.first = slices.start
+        self.rows, self.columns = _tents(height, 40)[rows], _tents(width, 40)[columns]
 
     def at(self, index: int) -> np.ndarray:
-        step, rest = divmod(index, 4)
+        step, rest = divmod(self.first + index, 4)
         plane = (1 - rest / 4) * self.coarse[step] + rest / 4 * self.coarse[step + 1]
         return 1.5 * self.rows @ plane @ self.columns.T
 

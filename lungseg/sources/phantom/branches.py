@@ -95,6 +95,17 @@ def _tree(
         yield Tube(bend, end, radii[index], max(0.8 * radii[index], end_radius))
 
 
+def near(tubes: Iterator[Tube], hu: np.ndarray, frame: Frame) -> list[Tube]:
+    """Those that may reach into `hu`, be they a few mm wider: in a part of a chest, few of thousands do."""
+    found = list(tubes)
+    ends = np.array([(tube.start_mm, tube.end_mm) for tube in found])
+    reach = np.array([tube.radius for tube in found])[:, None] + 5
+    first = (ends.min(axis=1) - reach) / frame.spacing_mm + frame.axis_index
+    last = (ends.max(axis=1) + reach) / frame.spacing_mm + frame.axis_index
+    inside = ((last > -2) & (first < np.array(hu.shape) + 2)).all(axis=1)
+    return [found[index] for index in np.flatnonzero(inside)]
+
+
 def stamp_tube(hu: np.ndarray, frame: Frame, tube: Tube, inner_hu: float) -> None:
     """Draw a tube with round ends into `hu` [z, y, x], in place."""
     axis = tube.end_mm - tube.start_mm

@@ -7,14 +7,15 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
-from lungseg.sources.phantom.anatomy import BLOOD_HU, Chest, Lesion
-from lungseg.sources.phantom.branches import Tube, airways, stamp_tube, vessels
+from lungseg.sources.phantom.anatomy import BLOOD_HU, Chest, Lesion, Window, whole
+from lungseg.sources.phantom.branches import Tube, airways, near, stamp_tube, vessels
 from lungseg.sources.phantom.decoys import distract, mislead
 from lungseg.sources.phantom.scanner import noisy, reconstructed
 
 LUMEN_HU = -960.0
 FED = 0.5
 """Share of the lesions of a hard phantom in which a vessel ends."""
+KERNEL_PIXELS = 8
 
 
 def synthesise(
@@ -23,27 +24,42 @@ def synthesise(
     lesions: Sequence[Lesion],
     rng: np.random.Generator,
     hard: bool = False,
+    window: Window | None = None,
 ) -> np.ndarray:
     """int16 HU [z, y, x], slices from the feet to the head, rows to the back; a function of `rng`'s seed.
 
     In a `hard` one lesions hang on the wall and on vessels, scars, bands and lymph nodes are there beside
-    them, and the kernel differs from scan to scan.
+    them, and the kernel differs from scan to scan. With a `window` only that part is made, in a small part of
+    the time: what the whole would show there, but for the noise.
     """
-    chest = Chest(shape_zyx, spacing_mm, lesions, rng, hard)
-    hu = np.empty(shape_zyx, np.float32)
-    for index in range(shape_zyx[0]):
-        hu[index] = chest.slice_hu(index)
+    wide = _widened(window, shape_zyx) if window else whole(shape_zyx)
+    chest = Chest(shape_zyx, spacing_mm, lesions, rng, hard, wide)
+    hu = np.empty([side.stop - side.start for side in wide], np.float32)
+    for index, plane in enumerate(hu):
+        plane[...] = chest.slice_hu(index)
     fed = chest.lesions_mm[rng.uniform(size=len(lesions)) < FED] if hard else chest.lesions_mm[:0]
-    for tube in vessels(chest.hila_mm, chest.points_in_lung, rng, fed):
+    for tube in near(vessels(chest.hila_mm, chest.points_in_lung, rng, fed), hu, chest):
         stamp_tube(hu, chest, tube, BLOOD_HU + 10)
-    for tube in airways(chest.carina_mm, chest.hila_mm, chest.points_in_lung, rng):
+    for tube in near(airways(chest.carina_mm, chest.hila_mm, chest.points_in_lung, rng), hu, chest):
         _stamp_airway(hu, chest, tube)
     distract(hu, chest, rng)
     if hard:
         mislead(hu, chest, rng)
+    origin = np.array([side.start for side in wide])
     for lesion in lesions:
-        _paint(hu, lesion, rng)
-    return reconstructed(hu, spacing_mm, rng) if hard else noisy(hu, rng)
+        _paint(hu, lesion, origin, rng)
+    seen = reconstructed(hu, spacing_mm, rng) if hard else noisy(hu, rng)
+    return seen[tuple(slice(s.start - o, s.stop - o) for s, o in zip(window or wide, origin, strict=True))]
+
+
+def _widened(window: Window, shape_zyx: tuple[int, int, int]) -> Window:
+    """By what a kernel reaches in the plane, since it takes an image as a period of an endless one."""
+    slices, *plane = window
+    rows, columns = (
+        slice(max(side.start - KERNEL_PIXELS, 0), min(side.stop + KERNEL_PIXELS, count))
+        for side, count in zip(plane, shape_zyx[1:], strict=True)
+    )
+    return slices, rows, columns
 
 
 def _stamp_airway(hu: np.ndarray, chest: Chest, tube: Tube) -> None:
@@ -52,8 +68,9 @@ def _stamp_airway(hu: np.ndarray, chest: Chest, tube: Tube) -> None:
     stamp_tube(hu, chest, tube, LUMEN_HU)
 
 
-def _paint(hu: np.ndarray, lesion: Lesion, rng: np.random.Generator) -> None:
-    """Blend a lesion into `hu`, in place: its mask is where it fills at least half of a voxel."""
+def _paint(hu: np.ndarray, lesion: Lesion, origin: np.ndarray, rng: np.random.Generator) -> None:
+    """Blend a lesion into `hu`, whose first voxel is at `origin`, in place: its mask is where it fills at
+    least half of a voxel."""
     pad = 3
     mask = np.pad(lesion.mask, pad).astype(np.float32)
     share = gaussian_filter(mask, (0.35, 0.8, 0.8))
@@ -66,9 +83,11 @@ def _paint(hu: np.ndarray, lesion: Lesion, rng: np.random.Generator) -> None:
     else:
         core = np.clip(4 * gaussian_filter(mask, (1.0, 3.0, 3.0)) - 2.4, 0, 1)
         inner = ground_glass + core * (solid - ground_glass) + grain
-    # The padding may reach beyond the scan.
-    first = np.array(lesion.corner_zyx) - pad
+    # The padding, or all of it, may reach beyond the part that is made.
+    first = np.array(lesion.corner_zyx) - origin - pad
     low, high = np.maximum(first, 0), np.minimum(first + mask.shape, hu.shape)
+    if (high <= low).any():
+        return
     there = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
     here = tuple(slice(a, b) for a, b in zip(low - first, high - first, strict=True))
     part = hu[there]

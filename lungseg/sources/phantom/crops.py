@@ -1,0 +1,103 @@
+"""Crops around the nodules of hard phantoms, as pairs of image and mask: thousands in the time of some scans.
+
+A crop shows what a phantom of LIDC-IDRI's scan would show there, and each nodule that a reader drew has one:
+shapes for a network to learn before it sees the few nodules of one's own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lungseg.errors import DataError
+from lungseg.scan.volume import write_mask, write_nifti
+from lungseg.sources.phantom.anatomy import Window
+from lungseg.sources.phantom.choose import CROPS, Scan, all_scans
+from lungseg.sources.phantom.synthesis import synthesise
+from lungseg.sources.phantom.write import NOT_A_PATIENT, VERSION, unwritable
+
+SIDE_MM = 64.0
+NODULE, IGNORED = 1, 255  # as `prepare pairs` reads masks unless told otherwise
+
+
+def write_crops(
+    out: Path,
+    crops: int,
+    seed: int,
+    progress: Callable[[int, int], None] | None = None,
+    without: Collection[str] = (),
+) -> None:
+    """Write `crops` pairs to out/images and out/masks, NAME.nii.gz in both, for `prepare pairs`.
+
+    A crop has a side of 64 mm on the grid of its scan, less where the scan ends, and a nodule in its middle,
+    which is 1 in the mask; others are 255. Voxels depend on the seed and the nodule alone, fewer crops are
+    the beginning of more, and what an earlier call wrote is kept. `progress` gets (crops done, all crops)
+    after each. No contour is taken of the patients `without`.
+    Raises DataError: "phantom-arguments", "phantom-too-many", "phantom-patient-unknown",
+    "phantom-folder-taken", "phantom-unwritable".
+    """
+    if crops < 1 or seed < 0:
+        remedy = "ask for at least one crop and a seed from 0"
+        raise DataError("phantom-arguments", crops=crops, seed=seed, remedy=remedy)
+    scans = all_scans(seed, CROPS, without)
+    chosen = list(islice(((scan, number) for scan in scans for number in range(len(scan.marks))), crops))
+    if len(chosen) < crops:
+        raise DataError("phantom-too-many", crops=crops, remedy=f"ask for at most {len(chosen)} crops")
+    _own(out, {"made_by": NOT_A_PATIENT, "seed": seed, "version": VERSION, "without": sorted(without)})
+    for done, (scan, number) in enumerate(chosen, start=1):
+        name = f"{scan.patient_id}_n{number + 1:02d}.nii.gz"
+        if not (out / "images" / name).exists():
+            box = _around(scan, number)
+            geometry = scan.geometry.part(box)
+            write_mask(out / "masks" / name, _mask(scan, number)[box], geometry)
+            write_nifti(out / "images" / name, _image(scan, box, seed), geometry)
+        if progress:
+            progress(done, crops)
+
+
+def _own(out: Path, says: dict[str, Any]) -> None:
+    """Make the folders, and say what is in them; or find that they were made otherwise, perhaps with contours
+    of a patient who is to be left out."""
+    table, images = out / "phantom.json", out / "images"
+    try:
+        if not table.exists() and not (images.is_dir() and any(images.iterdir())):
+            for folder in (images, out / "masks"):
+                folder.mkdir(parents=True, exist_ok=True)
+            table.write_text(json.dumps(says))
+        ours = table.exists() and json.loads(table.read_text()) == says
+    except OSError as error:
+        raise unwritable(out, error, "1 MB a crop") from error
+    except ValueError:
+        ours = False
+    if not ours:
+        remedy = "give another --out: here lie real pairs, or phantoms of another seed, version or --without"
+        raise DataError("phantom-folder-taken", folder=out, remedy=remedy)
+
+
+def _around(scan: Scan, number: int) -> Window:
+    geometry, box = scan.geometry, scan.marks[number].box
+    sides = []
+    for side, spacing, count in zip(box, geometry.spacing_mm, geometry.shape_zyx, strict=True):
+        middle, half = (side.start + side.stop) / 2, SIDE_MM / spacing / 2
+        sides.append(slice(max(round(middle - half), 0), min(round(middle + half), count)))
+    slices, rows, columns = sides
+    return slices, rows, columns
+
+
+def _mask(scan: Scan, number: int) -> np.ndarray:
+    mask = np.zeros(scan.geometry.shape_zyx, np.uint8)
+    for mark, lesion in zip(scan.marks, scan.lesions, strict=True):
+        mask[mark.box][lesion.mask] = IGNORED
+    mask[scan.marks[number].box][scan.lesions[number].mask] = NODULE
+    return mask
+
+
+def _image(scan: Scan, box: Window, seed: int) -> np.ndarray:
+    rng = np.random.default_rng([seed, scan.scan_id])
+    shape, spacing_mm = scan.geometry.shape_zyx, scan.geometry.spacing_mm
+    return synthesise(shape, spacing_mm, scan.lesions, rng, hard=True, window=box)
