@@ -1,8 +1,9 @@
 """Segmentation quality after equal minutes of training, on real nodules: lungseg beside MONAI.
 
     uv run python tests/benchmarks/quality.py --peer-python peers/bin/python --results quality.jsonl \
-        [--minutes 5 15] [--folds 0 1 2 3 4] [--pretrained STORE] [--set a.b=c] \
-        [--only lungseg lungseg-pretrained dynunet dynunet-narrow basicunet]
+        [--only lungseg lungseg-pretrained dynunet dynunet-narrow basicunet] [--minutes 5 15] \
+        [--folds 0 1 2 3 4] [--seeds 0 1] [--pretrained STORE] [--keep FOLDER] [--set a.b=c] \
+        [--peer-rate 2e-3] [--peer-batch 4]
 
 94 real LIDC nodules of 94 patients (51^3 voxels of 1 mm around each), 5 folds of patients. Every contestant
 trains on the same patients with the same two cores for the same minutes, counted from the start of its loop
@@ -10,14 +11,15 @@ trains on the same patients with the same two cores for the same minutes, counte
 test crops by windows of 48^3, as trained, and is scored here by the Dice of each nodule at probability 0.5.
 Nobody validates: the network of the last step is scored, with the mean over mirror images, as nnU-Net does,
 and without. `lungseg-pretrained` begins with the weights of the run `phantoms` of STORE, a folder; whom that
-run must not have seen, `--patients` prints. Contestants take turns within a fold. Results are appended to a
-file as they come and are not measured again, so the hours may be had in pieces; the table is printed from the
-file.
+run must not have seen, `--patients` prints. FOLDER is given the weights of each row. Contestants take turns
+within a fold. Results are appended to a file as they come and are not measured again, so the hours may be had
+in pieces; the table is printed from the file.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import shutil
 import statistics
@@ -51,16 +53,17 @@ def split(fold: int) -> dict[str, list[str]]:
     return {"train": [name for name in shuffled if name not in test], "test": test}
 
 
-def run(contestant: str, fold: int, minutes: float, options: argparse.Namespace) -> dict[str, Any]:
+def run(contestant: str, fold: int, seed: int, minutes: float, options: argparse.Namespace) -> dict[str, Any]:
     """Train, predict and score; a row of the results."""
     with tempfile.TemporaryDirectory() as folder:
         job = Path(folder) / "job.json"
         work = {"crops": str(CROPS), "split": split(fold), "minutes": minutes, "folder": folder}
-        work |= {"name": contestant, "batch": options.peer_batch, "settings": options.set}
+        work |= {"name": contestant, "batch": options.peer_batch, "rate": options.peer_rate, "seed": seed}
+        work |= {"settings": [*options.set, f"train.seed={seed}"]}
         if contestant == "lungseg-pretrained":
             begun = Path(folder) / "store" / "runs" / PRETRAINED
             shutil.copytree(options.pretrained / "runs" / PRETRAINED, begun)
-            work["settings"] = [*options.set, f"train.init_from={PRETRAINED}"]
+            work["settings"].append(f"train.init_from={PRETRAINED}")
         job.write_text(json.dumps(work))
         ours = contestant.startswith("lungseg")
         script = HERE / ("quality_ours.py" if ours else "quality_peer.py")
@@ -73,8 +76,11 @@ def run(contestant: str, fold: int, minutes: float, options: argparse.Namespace)
         for file in sorted(Path(folder).glob("*.npz")):
             masks = np.load(file)
             scores[file.stem] = {name: score(name, masks[name]) for name in masks.files}
+        for weights in Path(folder).glob("weights.*") if options.keep else []:
+            title = f"{contestant}-{minutes:g}-fold{fold}-seed{seed}"
+            shutil.copyfile(weights, options.keep / f"{title}{weights.suffix}")
     facts |= {"nodules": scores.pop("masks"), **scores}
-    return {"contestant": contestant, "fold": fold, "minutes": minutes, **facts}
+    return {"contestant": contestant, "fold": fold, "seed": seed, "minutes": minutes, **facts}
 
 
 def score(name: str, predicted: np.ndarray) -> tuple[float, int]:
@@ -94,14 +100,16 @@ def table(rows: list[dict[str, Any]]) -> str:
             found = [row for row in rows if (row["minutes"], row["contestant"]) == (minutes, contestant)]
             if not found:
                 continue
-            found.sort(key=lambda row: row["fold"])
             lines.append(line(minutes, contestant, "nodules", found))
             lines.append(line(minutes, f"{contestant}, no mirror images", "plain", found))
     return "\n".join(lines)
 
 
 def line(minutes: float, title: str, scores: str, rows: list[dict[str, Any]]) -> str:
-    folds = [mean(row[scores].values()) for row in rows]
+    by_fold = {fold: [row for row in rows if row["fold"] == fold] for fold in {row["fold"] for row in rows}}
+    folds = [
+        statistics.mean(mean(row[scores].values()) for row in of_one) for _, of_one in sorted(by_fold.items())
+    ]
     nodules = [nodule for row in rows for nodule in row[scores].values()]
     small = mean(nodule for nodule in nodules if nodule[1] < SMALL_VOXELS)
     large = mean(nodule for nodule in nodules if nodule[1] >= SMALL_VOXELS)
@@ -113,14 +121,17 @@ def line(minutes: float, title: str, scores: str, rows: list[dict[str, Any]]) ->
 
 def lead(rows: list[dict[str, Any]]) -> str:
     """By how much lungseg is ahead on the same nodules, and the standard error of that mean."""
-    dice: dict[tuple[float, str], dict[str, float]] = {}
+    dice: dict[tuple[float, str], dict[tuple[str, int], float]] = {}
     for row in rows:
         one = dice.setdefault((row["minutes"], row["contestant"]), {})
-        one.update({name: nodule[0] for name, nodule in row["nodules"].items()})
+        one.update({(name, row["seed"]): nodule[0] for name, nodule in row["nodules"].items()})
     lines = []
     for (minutes, peer), theirs in sorted(dice.items()):
         ours = dice.get((minutes, "lungseg"), {}) if peer != "lungseg" else {}
-        gains = [ours[name] - theirs[name] for name in ours.keys() & theirs]
+        of_each: dict[str, list[float]] = {}
+        for nodule in ours.keys() & theirs:
+            of_each.setdefault(nodule[0], []).append(ours[nodule] - theirs[nodule])
+        gains = [statistics.mean(seeds) for seeds in of_each.values()]
         if len(gains) > 1:
             error = statistics.stdev(gains) / len(gains) ** 0.5
             told = f"{statistics.mean(gains):+.3f}, standard error {error:.3f}, {len(gains)} nodules"
@@ -138,11 +149,14 @@ def main() -> None:
     )
     parser.add_argument("--peer-python", default=sys.executable, help="that has torch and monai")
     parser.add_argument("--peer-batch", type=int, default=4)
+    parser.add_argument("--peer-rate", type=float, default=2e-3, help="the learning rate, at its highest")
     parser.add_argument("--results", type=Path, default=Path("quality.jsonl"))
     parser.add_argument("--pretrained", type=Path, help="a folder's store with the run phantoms")
     parser.add_argument("--patients", action="store_true", help="print those of all crops, and do no more")
     parser.add_argument("--minutes", type=float, nargs="+", default=[5, 15])
     parser.add_argument("--folds", type=int, nargs="+", default=list(range(5)))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--keep", type=Path, help="a folder for the weights of each row")
     parser.add_argument("--only", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
     parser.add_argument("--set", nargs="+", default=[], help="settings over lungseg's recipe")
     options = parser.parse_args()
@@ -155,17 +169,18 @@ def main() -> None:
         options.only = [one for one in options.only if one != "lungseg-pretrained"]
     rows = []
     if options.results.exists():
-        rows = [json.loads(line) for line in options.results.read_text().splitlines()]
-    for minutes in options.minutes:
-        for fold in options.folds:
-            for contestant in options.only:
-                key = (contestant, fold, minutes)
-                if key in {(row["contestant"], row["fold"], row["minutes"]) for row in rows}:
-                    continue
-                rows.append(run(*key, options))
-                with options.results.open("a") as file:
-                    file.write(json.dumps(rows[-1]) + "\n")
-                print(f"{key}: {mean(rows[-1]['nodules'].values()):.3f}", file=sys.stderr, flush=True)
+        rows = [{"seed": 0} | json.loads(line) for line in options.results.read_text().splitlines()]
+    if options.keep:
+        options.keep.mkdir(parents=True, exist_ok=True)
+    wanted = itertools.product(options.minutes, options.folds, options.seeds, options.only)
+    for minutes, fold, seed, contestant in wanted:
+        key = (contestant, fold, seed, minutes)
+        if key in {(row["contestant"], row["fold"], row["seed"], row["minutes"]) for row in rows}:
+            continue
+        rows.append(run(*key, options))
+        with options.results.open("a") as file:
+            file.write(json.dumps(rows[-1]) + "\n")
+        print(f"{key}: {mean(rows[-1]['nodules'].values()):.3f}", file=sys.stderr, flush=True)
     print(table(rows))
     print(lead(rows))
 

@@ -2,8 +2,8 @@
 
     python quality_ours.py JOB.json
 
-Writes masks.npz, and plain.npz of the same network without mirror images, into the job's folder and prints
-what was done as JSON.
+Writes masks.npz, plain.npz of the same network without mirror images, and weights.keras into the job's folder
+and prints what was done as JSON.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ def main() -> None:
         plain[name] = predict_volume(model.predict, volume_hu, once, multiple=stride) >= 0.5
     np.savez_compressed(folder / "masks.npz", **masks)
     np.savez_compressed(folder / "plain.npz", **plain)
+    (folder / "weights.keras").write_bytes(store.get("runs/crops/best/model.keras"))
     precision = model.network.dtype_policy.compute_dtype
     print(json.dumps({"steps": lines[-1]["step"], "seconds": lines[-1]["seconds"], "precision": precision}))
 

@@ -27,7 +27,7 @@ from monai.losses import DiceCELoss
 from monai.networks.nets import BasicUNet, DynUNet
 from monai.utils import set_determinism
 
-THREADS, CROP, RATE, WARMUP = 2, 48, 2e-3, 20
+THREADS, CROP, WARMUP = 2, 48, 20
 BFLOAT16 = any(flag in Path("/proc/cpuinfo").read_text() for flag in ("avx512_bf16", "amx_bf16"))
 FILTERS = {"dynunet": (16, 32, 64, 128), "dynunet-narrow": (8, 16, 32, 64, 128)}
 
@@ -65,14 +65,14 @@ def loader(job: Any) -> DataLoader:
 
 
 def train(job: Any, model: torch.nn.Module, batches: DataLoader) -> int:
-    optimizer, loss_of = torch.optim.AdamW(model.parameters(), RATE), DiceCELoss(sigmoid=True, batch=True)
+    optimizer, loss_of = torch.optim.AdamW(model.parameters(), job.rate), DiceCELoss(sigmoid=True, batch=True)
     began, done, limit = time.monotonic(), 0, job.minutes * 60
     while True:
         for batch in batches:
             share = (time.monotonic() - began) / limit
             if share >= 1:
                 return done
-            rate = RATE * min(1, (done + 1) / WARMUP) * (1 + math.cos(math.pi * share)) / 2
+            rate = job.rate * min(1, (done + 1) / WARMUP) * (1 + math.cos(math.pi * share)) / 2
             for group in optimizer.param_groups:
                 group["lr"] = rate
             image = batch["image"].as_tensor().contiguous(memory_format=torch.channels_last_3d)
@@ -108,7 +108,7 @@ def predict(job: Any, model: torch.nn.Module, name: str, images: list[tuple[int,
 def main() -> None:
     job = SimpleNamespace(**json.loads(Path(sys.argv[1]).read_text()))
     torch.set_num_threads(THREADS)
-    set_determinism(0)
+    set_determinism(job.seed)
     model, batches = network(job.name), loader(job)
     began = time.monotonic()
     steps = train(job, model.train(), batches)
@@ -118,6 +118,7 @@ def main() -> None:
     for title, images in (("masks", mirrors), ("plain", [()])):
         found = {name: predict(job, model, name, images) for name in job.split["test"]}
         np.savez_compressed(Path(job.folder) / f"{title}.npz", **found)
+    torch.save(model.state_dict(), Path(job.folder) / "weights.pt")
     precision = "bfloat16" if BFLOAT16 else "float32"
     print(json.dumps({"steps": steps, "seconds": seconds, "precision": precision}))
 
