@@ -52,13 +52,13 @@ def make_scans(namespace: Namespace, folder: Path) -> dict[str, Any]:
 def install(namespace: Namespace, values: Sequence[str]) -> None:
     """All pods are there when it returns."""
     namespace.helm("install", "lungseg", *values)
-    ready = ["raycluster/lungseg", "--for=condition=RayClusterProvisioned", "--timeout=300s"]
-    namespace.kubectl("wait", *ready, seconds=310)
+    ready = ["raycluster/lungseg", "--for=condition=RayClusterProvisioned", "--timeout=900s"]
+    namespace.kubectl("wait", *ready, seconds=910)
 
 
-def run_job(namespace: Namespace, name: str, *values: str, seconds: float = 300) -> dict[str, Any]:
+def run_job(namespace: Namespace, name: str, *values: str) -> dict[str, Any]:
     namespace.helm("install", name, "helm/lungseg-job", *values)
-    return namespace.finished(name, seconds)
+    return namespace.finished(name, 900)
 
 
 def reached(namespace: Namespace, image: str, name: str, labels: dict[str, str]) -> set[str]:

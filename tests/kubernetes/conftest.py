@@ -55,7 +55,7 @@ def kubeconfig(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 def _told(*command: str | Path) -> str:
     """What the command prints; pytest shows what it says of a failure."""
-    done = subprocess.run([str(word) for word in command], stdout=subprocess.PIPE, text=True, timeout=1500)
+    done = subprocess.run([str(word) for word in command], stdout=subprocess.PIPE, text=True, timeout=2300)
     assert done.returncode == 0, command
     return done.stdout.strip()
 

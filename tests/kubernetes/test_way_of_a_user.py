@@ -42,7 +42,7 @@ def prepared(namespace: Namespace, release: list[str]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def trained(namespace: Namespace, prepared: dict[str, Any]) -> dict[str, Any]:
-    return run_job(namespace, "train", *TRAIN, seconds=420)
+    return run_job(namespace, "train", *TRAIN)
 
 
 def test_workers_are_on_two_nodes_and_no_ray_pod_may_ask_kubernetes(
@@ -79,7 +79,7 @@ def test_a_sweep_of_two_trials_ends_with_a_best_one(
     space = {"tune": {"space": {"optimizer.learning_rate": {"log": [1e-4, 1e-2]}}}}
     (tmp_path / "values.yaml").write_text(yaml.safe_dump({"settings": space}))
     sweep = "--set=job=tune,data=scans,run=sweep,recipe=jobs/recipes/smoke.yaml,trials=2"
-    run_job(namespace, "tune", sweep, f"--values={tmp_path}/values.yaml", seconds=420)
+    run_job(namespace, "tune", sweep, f"--values={tmp_path}/values.yaml")
     shown = namespace.log("tune")
     assert len(re.findall(r"^\S+ +complete +", shown, re.MULTILINE)) == 2, shown
     assert "get the best with: lungseg pull --store s3://lungseg --run sweep" in shown
@@ -96,7 +96,7 @@ def test_checkpoint_and_report_are_pulled_by_lungseg_and_by_a_plain_client(
         done = subprocess.run(
             [sys.executable, "-m", "lungseg.cli", *pull],
             env={**namespace.environment, **keys, "AWS_ENDPOINT_URL": url},
-            capture_output=True, text=True, timeout=120,
+            capture_output=True, text=True, timeout=300,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         client = boto3.client(
@@ -140,7 +140,7 @@ def test_an_upgrade_leaves_running_pods_and_says_so_and_uninstall_leaves_the_dat
     for job in ("train", "prepare"):
         namespace.helm("uninstall", job)
     namespace.helm("uninstall", "lungseg")
-    wait("all pods are gone", lambda: not namespace.pods("app.kubernetes.io/instance=lungseg"), 180)
+    wait("all pods are gone", lambda: not namespace.pods("app.kubernetes.io/instance=lungseg"), 400)
     claims = [claim["metadata"]["name"] for claim in namespace.get("pvc")["items"]]
     assert claims == ["data-lungseg-store-0"]
     assert namespace.get("secret", "lungseg-case-key")["data"] == keys[1]
@@ -153,9 +153,9 @@ def test_a_job_brings_a_cluster_that_grows_from_no_worker_and_takes_it_away(
     values = [*write_values(namespace, image, tmp_path), "--set=autoscaling.enabled=true"]
     values.append("--set=workers[0].replicas=0,workers[0].maxReplicas=1")
     namespace.helm("install", "lungseg", *values, "--set=standingCluster=false")
-    namespace.kubectl("rollout", "status", "statefulset/lungseg-store", "--timeout=120s", seconds=130)
+    namespace.kubectl("rollout", "status", "statefulset/lungseg-store", "--timeout=300s", seconds=310)
     shown = namespace.helm("template", "lungseg", *values, "--show-only=templates/raycluster.yaml")
     (tmp_path / "cluster.yaml").write_text(shown)
     own = f"--set-file=ownCluster.rayCluster={tmp_path}/cluster.yaml"
     run_job(namespace, "own", *PREPARE, own, "--set=ownCluster.ttlSecondsAfterFinished=5")
-    wait("the job's cluster is gone", lambda: not namespace.get("raycluster")["items"], 120)
+    wait("the job's cluster is gone", lambda: not namespace.get("raycluster")["items"], 400)

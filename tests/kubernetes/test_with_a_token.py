@@ -51,7 +51,7 @@ def ray_job_submit(
 ) -> subprocess.CompletedProcess[str]:
     command = [f"{sysconfig.get_path('scripts')}/ray", "job", "submit", "--address", address, "--", *words]
     given = {"PATH": os.environ["PATH"], "HOME": str(home), **environment}
-    return subprocess.run(command, env=given, capture_output=True, text=True, timeout=420)
+    return subprocess.run(command, env=given, capture_output=True, text=True, timeout=900)
 
 
 def test_a_job_is_refused_without_the_token(address: str, tmp_path: Path) -> None:

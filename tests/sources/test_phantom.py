@@ -333,7 +333,7 @@ def test_crops_go_on_where_they_were_and_are_not_mixed_with_others(cropped, tmp_
     before = files_below(cropped)
     done = []
     write_crops(cropped, 4, 0, lambda *counts: done.append(counts))
-    assert done == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert done == [(0, 4), (1, 4), (2, 4), (3, 4), (4, 4)]
     assert before.items() < files_below(cropped).items()
     for seed, without in ((1, []), (0, ["LIDC-IDRI-0001"])):
         with pytest.raises(DataError, match="phantom-folder-taken"):

@@ -7,8 +7,12 @@ shapes for a network to learn before it sees the few nodules of one's own.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection
-from itertools import islice
+import os
+import signal
+from collections.abc import Collection
+from concurrent.futures import ProcessPoolExecutor
+from itertools import chain, islice
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,7 @@ from lungseg.sources.phantom.anatomy import Window
 from lungseg.sources.phantom.choose import CROPS, Scan, all_scans
 from lungseg.sources.phantom.synthesis import synthesise
 from lungseg.sources.phantom.write import NOT_A_PATIENT, VERSION, unwritable
+from lungseg.telemetry import Progress
 
 SIDE_MM = 64.0
 NODULE, IGNORED = 1, 255  # as `prepare pairs` reads masks unless told otherwise
@@ -29,15 +34,15 @@ def write_crops(
     out: Path,
     crops: int,
     seed: int,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = lambda done, total: None,
     without: Collection[str] = (),
 ) -> None:
     """Write `crops` pairs to out/images and out/masks, NAME.nii.gz in both, for `prepare pairs`.
 
     A crop has a side of 64 mm on the grid of its scan, less where the scan ends, and a nodule in its middle,
     which is 1 in the mask; others are 255. Voxels depend on the seed and the nodule alone, fewer crops are
-    the beginning of more, and what an earlier call wrote is kept. `progress` gets (crops done, all crops)
-    after each. No contour is taken of the patients `without`.
+    the beginning of more, and what an earlier call wrote is kept. All cores are used. No contour is taken of
+    the patients `without`.
     Raises DataError: "phantom-arguments", "phantom-too-many", "phantom-patient-unknown",
     "phantom-folder-taken", "phantom-unwritable".
     """
@@ -45,19 +50,35 @@ def write_crops(
         remedy = "ask for at least one crop and a seed from 0"
         raise DataError("phantom-arguments", crops=crops, seed=seed, remedy=remedy)
     scans = all_scans(seed, CROPS, without)
-    chosen = list(islice(((scan, number) for scan in scans for number in range(len(scan.marks))), crops))
-    if len(chosen) < crops:
-        raise DataError("phantom-too-many", crops=crops, remedy=f"ask for at most {len(chosen)} crops")
+    nodules = islice(((scan, number) for scan in scans for number in range(len(scan.marks))), crops)
+    first = list(islice(nodules, 1))  # here it turns out whether the patients are known
     _own(out, {"made_by": NOT_A_PATIENT, "seed": seed, "version": VERSION, "without": sorted(without)})
-    for done, (scan, number) in enumerate(chosen, start=1):
-        name = f"{scan.patient_id}_n{number + 1:02d}.nii.gz"
-        if not (out / "images" / name).exists():
-            box = _around(scan, number)
-            geometry = scan.geometry.part(box)
-            write_mask(out / "masks" / name, _mask(scan, number)[box], geometry)
-            write_nifti(out / "images" / name, _image(scan, box, seed), geometry)
-        if progress:
+    progress(0, crops)
+    cores = len(os.sched_getaffinity(0))
+    pool = ProcessPoolExecutor(cores, get_context("spawn"), _leave_ctrl_c_to_the_parent)
+    try:
+        written = [pool.submit(_write, out, *one, seed) for one in chain(first, nodules)]
+        for done, one in enumerate(written, start=1):
+            one.result()
             progress(done, crops)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    if len(written) < crops:
+        raise DataError("phantom-too-many", crops=crops, remedy=f"ask for at most {len(written)} crops")
+
+
+def _leave_ctrl_c_to_the_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _write(out: Path, scan: Scan, number: int, seed: int) -> None:
+    """The image last: where it is, the mask is too."""
+    name = f"{scan.patient_id}_n{number + 1:02d}.nii.gz"
+    if not (out / "images" / name).exists():
+        box = _around(scan, number)
+        geometry = scan.geometry.part(box)
+        write_mask(out / "masks" / name, _mask(scan, number)[box], geometry)
+        write_nifti(out / "images" / name, _image(scan, box, seed), geometry)
 
 
 def _own(out: Path, says: dict[str, Any]) -> None:
