@@ -72,6 +72,13 @@ class ShardConfig(Frozen):
     target_mib: int = Field(128, ge=1, le=1024, description="MiB of one shard, before compression")
     rows_per_batch: int = Field(2, ge=1, description="patches in a record batch, the unit of the shuffle")
     batches_per_get: int = Field(4, ge=1, description="adjacent record batches that one GET fetches")
+    positive_share: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        exclude_if=lambda share: share is None,  # data sets of before are the same without it
+        description="of training patches, those on nodules, by repeating either; default: as cut",
+    )
     codec: Codec = Field("planes-lz4", description="of images; planes: low and high bytes apart")
     seed: Seed = Field(0, description="of the shuffle over all scans")
 

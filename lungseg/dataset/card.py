@@ -47,6 +47,12 @@ def describe(manifest: Manifest) -> str:
         of_each = ", ".join(f"{counts[one]} {one}" for one in STRATA if one in counts)
         totals = ", ".join(f"{counts[many]} {one if counts[many] == 1 else many}" for one, many in _COUNTED)
         lines.append(f"{split:>5}: {totals}{f' ({of_each})' if of_each else ''}")
+    if share := manifest.config["shard"].get("positive_share"):
+        patches, on_nodules = sum(manifest.rows("train")), sum(manifest.positives("train"))
+        lines.append(
+            f"a pass over train gives {patches} patches, {on_nodules} of them on nodules "
+            f"(data.shard.positive_share={share:g})"
+        )
     return "\n".join([*lines, *(f"warning: {one}" for one in doubts(manifest))])
 
 

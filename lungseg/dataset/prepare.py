@@ -25,6 +25,7 @@ from lungseg.dataset.card import write_card
 from lungseg.dataset.case import Case, Exclusion
 from lungseg.dataset.cutting import Prepared, digest, fingerprint, prepare_scan
 from lungseg.dataset.manifest import Manifest, load_manifest
+from lungseg.dataset.plan import plan_shards
 from lungseg.dataset.same import (
     keep_stamps,
     kept_stamps,
@@ -33,7 +34,6 @@ from lungseg.dataset.same import (
     stamps_now,
 )
 from lungseg.dataset.shards import POSITIVE, Extent, Patch, Shard
-from lungseg.dataset.shuffle import permutation
 from lungseg.dataset.splits import SPLITS, assign_splits, describe_split, read_table
 from lungseg.errors import DataError, GeometryError, LungsegError
 from lungseg.storage import Store, keys
@@ -176,28 +176,6 @@ def _sweep(store: Store, manifest: Manifest) -> None:
         store.delete([item.key for item in store.find(prefix) if item.key not in named])
 
 
-def plan_shards(
-    rows: Sequence[tuple[str, int, bool]], rows_per_batch: int, batches_per_shard: int, seed: int
-) -> list[list[list[tuple[str, int]]]]:
-    """Shards of record batches of (case id, row), from all (case id, row, is positive).
-
-    Both strata are shuffled over all scans and dealt out evenly, so that every run of n rows holds its
-    share of positives to within one.
-    """
-    chosen: dict[bool, list[tuple[str, int]]] = {True: [], False: []}
-    for case, row, positive in sorted(rows):
-        chosen[positive].append((case, row))
-    for positive, items in chosen.items():
-        chosen[positive] = [items[i] for i in permutation(len(items), seed, int(positive))]
-    total, positives = len(rows), len(chosen[True])
-    mixed = []
-    for k in range(total):
-        # Bresenham's line: the running count of positives is floor(k * share) throughout.
-        mixed.append(chosen[(k + 1) * positives // total > k * positives // total].pop())
-    batches = [mixed[i : i + rows_per_batch] for i in range(0, total, rows_per_batch)]
-    return [batches[i : i + batches_per_shard] for i in range(0, len(batches), batches_per_shard)]
-
-
 def _scans(
     store: Store,
     name: str,
@@ -243,7 +221,8 @@ def _shards(
     per_extent = config.shard.batches_per_get
     per_shard = (config.shard.target_mib << 20) // (patch_bytes * config.shard.rows_per_batch)
     per_shard = max(1, per_shard // per_extent) * per_extent
-    plan = plan_shards(rows, config.shard.rows_per_batch, per_shard, config.shard.seed)
+    share = config.shard.positive_share if split == "train" else None
+    plan = plan_shards(rows, config.shard.rows_per_batch, per_shard, config.shard.seed, share)
     work = {case: cut.shard for case, cut in mine.items()}
     tasks = [
         (

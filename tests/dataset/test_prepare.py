@@ -17,9 +17,11 @@ from hypothesis import strategies as st
 
 from lungseg.config import DataConfig
 from lungseg.dataset import shards
+from lungseg.dataset.card import describe
 from lungseg.dataset.cutting import cut_patches, prepare_scan, to_grid
 from lungseg.dataset.manifest import Manifest, load_manifest
-from lungseg.dataset.prepare import plan_shards, prepare
+from lungseg.dataset.plan import plan_shards
+from lungseg.dataset.prepare import prepare
 from lungseg.dataset.stored_scans import read_scan
 from lungseg.errors import DataError
 from lungseg.sources import pairs
@@ -228,6 +230,43 @@ def test_a_plan_places_every_row_once_with_positives_spread_evenly(
         assert abs(sum(strata[place] for place in batch) - fair * len(batch)) <= 1
     random.shuffle(rows)
     assert plan_shards(rows, per_batch, per_shard, seed) == plan
+
+
+@given(st.integers(1, 60), st.integers(1, 60), st.floats(0.05, 0.95), st.integers(0, 99))
+@settings(deadline=None)
+def test_a_plan_repeats_what_there_is_too_little_of_until_the_share_is_reached(
+    positives, negatives, share, seed
+):
+    rows = [("c", row, row < positives) for row in range(positives + negatives)]
+    placed = Counter(
+        row for shard in plan_shards(rows, 2, 3, seed, share) for batch in shard for _, row in batch
+    )
+    assert set(placed) == set(range(positives + negatives))
+    on_nodules = [placed[row] for row in range(positives)]
+    others = [placed[row] for row in range(positives, positives + negatives)]
+    assert abs(sum(on_nodules) - share * placed.total()) <= 1
+    assert min(max(on_nodules), max(others)) == 1
+    assert max(max(one) - min(one) for one in (on_nodules, others)) <= 1
+
+
+def test_a_share_of_positives_holds_in_training_alone(
+    prepared: tuple[Store, Manifest], cases: list[pairs.PairCase]
+) -> None:
+    store, natural = prepared
+    shard = CONFIG.shard.model_copy(update={"positive_share": 0.9})
+    found = prepare(store, "shared", cases, CONFIG.model_copy(update={"shard": shard}), quiet)
+    assert found.counts == natural.counts
+    assert (found.rows("val"), found.positives("val")) == (natural.rows("val"), natural.positives("val"))
+    patches, on_nodules = sum(found.rows("train")), sum(found.positives("train"))
+    assert sum(natural.positives("train")) < 0.85 * sum(natural.rows("train"))
+    assert abs(on_nodules - 0.9 * patches) <= 1
+    assert f"a pass over train gives {patches} patches, {on_nodules} of them on nodules" in describe(found)
+
+
+@pytest.mark.parametrize("positive", [True, False])
+def test_a_share_of_what_is_not_there_repeats_nothing(positive):
+    rows = [("c", row, positive) for row in range(7)]
+    assert plan_shards(rows, 2, 3, 0, 0.5) == plan_shards(rows, 2, 3, 0)
 
 
 def test_a_plan_mixes_scans_and_differs_by_seed():

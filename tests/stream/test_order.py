@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lungseg.dataset.prepare import plan_shards
+from lungseg.dataset.plan import plan_shards
 from lungseg.dataset.shuffle import permutation
 from lungseg.errors import ConfigError, DataError
 from lungseg.stream.order import RowSlice, evaluation_batches, pass_order, steps_per_pass, training_batches
