@@ -4,15 +4,18 @@
         [--methods "random" "TPE, ASHA"] [--cold] [--set tune.concurrent_trials=2]
 
 CROPS holds images/ and masks/. A sweep ends after so many trials or minutes, whichever comes first. With
-`--cold` its workers are not forked from a process that has their imports. Each sweep is a process of its own.
+`--cold` its workers are not forked from a process that has their imports. Each sweep is a process of its own,
+and methods take turns. With minutes a table of the best so far comes last.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shlex
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -111,6 +114,24 @@ def one(options: argparse.Namespace, method: str, seed: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def table(sweeps: list[dict[str, Any]], minutes: float) -> str:
+    """The best validation Dice so far, after a third of the minutes, two, and all: medians over the seeds."""
+    at = [minutes / 3, 2 * minutes / 3, minutes]
+    lines = ["| method | trials | " + " | ".join(f"after {one:g} min" for one in at) + " |"]
+    lines.append("|---|--:|--:|--:|--:|")
+    for method in dict.fromkeys(sweep["method"] for sweep in sweeps):
+        those = [sweep for sweep in sweeps if sweep["method"] == method]
+        cells = [f"{statistics.median(sweep['trials'] for sweep in those):g}"]
+        for one in at:
+            best = [
+                max((dice for seconds, dice in sweep["rises"] if seconds <= 60 * one), default=0.0)
+                for sweep in those
+            ]
+            cells.append(f"{statistics.median(best):.3f} ({min(best):.3f} to {max(best):.3f})")
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("crops", type=Path)
@@ -133,10 +154,14 @@ def main() -> None:
         store, recipe = open_store(folder), recipe_of(options, options.methods[0], 0)
         cases = pairs.find_cases(options.crops, recipe.data.pairs)
         prepare(store, "crops", cases, recipe.data, lambda done, total: None)
-        for seed in range(options.seeds):
-            for method in options.methods:
-                command = [sys.executable, *sys.argv, "--store", store.uri, "--one", method, str(seed)]
-                subprocess.run(command, check=True)
+        sweeps = []
+        for seed, method in itertools.product(range(options.seeds), options.methods):
+            command = [sys.executable, *sys.argv, "--store", store.uri, "--one", method, str(seed)]
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            print(done.stdout, end="", flush=True)
+            sweeps.append(json.loads(done.stdout.splitlines()[-1]))
+    if options.minutes:
+        print(table(sweeps, options.minutes))
 
 
 if __name__ == "__main__":
