@@ -15,7 +15,7 @@ from lungseg.sources import pairs, pylidc_compat
 from lungseg.sources.lidc import find_cases
 from lungseg.sources.phantom import crops, synthesis
 from lungseg.sources.phantom import write as phantom
-from lungseg.sources.phantom.anatomy import Chest, Lesion
+from lungseg.sources.phantom.anatomy import LUNG_HU, Chest, Lesion
 from lungseg.sources.phantom.branches import vessels
 from lungseg.sources.phantom.choose import CLEAR, CROPS, HARD, all_scans, choose
 from lungseg.sources.phantom.crops import write_crops
@@ -325,8 +325,9 @@ def test_crops_hold_a_nodule_in_their_middle_for_prepare_pairs(cropped, monkeypa
         off_mm = np.abs(grid.to_index_zyx(nodule.centre_lps_mm) - middle) * grid.spacing_mm
         assert off_mm[full].max() < 4  # the centre of its voxels is not that of its box
         hu, mask = scan.volume.volume_hu, scan.numbers > 0
-        near = ndimage.binary_dilation(mask, iterations=4)
-        assert hu[mask].mean() > hu[near & ~mask].mean() + 100
+        ring = hu[ndimage.binary_dilation(mask, iterations=4) & ~mask]
+        assert hu[mask].mean() > LUNG_HU + 100  # of ground glass too
+        assert np.percentile(ring, 10) < hu[mask].mean() - 100  # lung, and perhaps wall beside it
 
 
 def test_crops_go_on_where_they_were_and_are_not_mixed_with_others(cropped, tmp_path):
