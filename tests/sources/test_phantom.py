@@ -18,7 +18,7 @@ from lungseg.sources.phantom.anatomy import Chest, Lesion
 from lungseg.sources.phantom.branches import vessels
 from lungseg.sources.phantom.choose import HARD, choose
 from lungseg.sources.phantom.scanner import reconstructed
-from lungseg.sources.phantom.synthesis import synthesise
+from lungseg.sources.phantom.synthesis import Phantom
 from lungseg.sources.phantom.write import write_phantom, write_series
 
 AXIAL = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
@@ -50,7 +50,7 @@ def scan(written):
 
 
 def small(seed, lesions=(), hard=False):
-    return synthesise((24, 96, 96), (8.0, 3.5, 3.5), lesions, np.random.default_rng(seed), hard)
+    return Phantom((24, 96, 96), (8.0, 3.5, 3.5), lesions, [seed], hard).image()
 
 
 def files_below(folder):

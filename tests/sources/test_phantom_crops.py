@@ -23,10 +23,8 @@ def test_a_window_shows_what_the_whole_shows_there_but_for_the_noise(monkeypatch
     shape, spacing, ball = (24, 96, 96), (8.0, 3.5, 3.5), Lesion((10, 40, 20), FLAT, 5.0)
     far = Lesion((2, 60, 60), FLAT, 5.0)
     box = (slice(8, 16), slice(33, 57), slice(0, 40))
-    whole, part = (
-        synthesis.synthesise(shape, spacing, [ball, far], np.random.default_rng(3), hard, window)
-        for window in (None, box)
-    )
+    phantom = synthesis.Phantom(shape, spacing, [ball, far], [3], hard)
+    whole, part = phantom.image(), phantom.image(box)
     np.testing.assert_allclose(part, whole[box], atol=1e-2)
 
 
@@ -66,7 +64,8 @@ def test_crops_go_on_where_they_were_and_are_not_mixed_with_others(cropped, tmp_
     before = written_at(cropped)
     done = []
     write_crops(cropped, 4, 0, lambda *counts: done.append(counts))
-    assert done == [(0, 4), (1, 4), (2, 4), (3, 4), (4, 4)]
+    assert (done[0], done[-1]) == ((0, 4), (4, 4))
+    assert done == sorted(done)
     assert before.items() < written_at(cropped).items()
     for seed, without in ((1, []), (0, ["LIDC-IDRI-0001"])):
         with pytest.raises(DataError, match="phantom-folder-taken"):

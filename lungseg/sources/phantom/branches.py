@@ -5,7 +5,7 @@ Positions are mm (z, y, x) in the frame of `lungseg.sources.phantom.anatomy`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -37,6 +37,23 @@ class Tube:
 
     def widened(self, by_mm: float) -> Tube:
         return replace(self, radius=self.radius + by_mm, end_radius=self.end_radius + by_mm)
+
+
+class Tree:
+    """Thousands of tubes, of which a part of a chest holds few."""
+
+    def __init__(self, tubes: Iterable[Tube]) -> None:
+        self.tubes = list(tubes)
+        ends = np.array([(tube.start_mm, tube.end_mm) for tube in self.tubes])
+        reach = np.array([tube.radius for tube in self.tubes])[:, None] + 5
+        self.low_mm, self.high_mm = ends.min(axis=1) - reach, ends.max(axis=1) + reach
+
+    def near(self, hu: np.ndarray, frame: Frame) -> Iterator[Tube]:
+        """Those that may reach into `hu`, be they a few mm wider."""
+        first = self.low_mm / frame.spacing_mm + frame.axis_index
+        last = self.high_mm / frame.spacing_mm + frame.axis_index
+        inside = ((last > -2) & (first < np.array(hu.shape) + 2)).all(axis=1)
+        return (self.tubes[index] for index in np.flatnonzero(inside))
 
 
 def vessels(
@@ -93,17 +110,6 @@ def _tree(
         bend = (start + end) / 2 + rng.normal(0, 0.06 * np.linalg.norm(end - start), 3)
         yield Tube(start, bend, radii[index], radii[index])
         yield Tube(bend, end, radii[index], max(0.8 * radii[index], end_radius))
-
-
-def near(tubes: Iterator[Tube], hu: np.ndarray, frame: Frame) -> list[Tube]:
-    """Those that may reach into `hu`, be they a few mm wider: in a part of a chest, few of thousands do."""
-    found = list(tubes)
-    ends = np.array([(tube.start_mm, tube.end_mm) for tube in found])
-    reach = np.array([tube.radius for tube in found])[:, None] + 5
-    first = (ends.min(axis=1) - reach) / frame.spacing_mm + frame.axis_index
-    last = (ends.max(axis=1) + reach) / frame.spacing_mm + frame.axis_index
-    inside = ((last > -2) & (first < np.array(hu.shape) + 2)).all(axis=1)
-    return [found[index] for index in np.flatnonzero(inside)]
 
 
 def stamp_tube(hu: np.ndarray, frame: Frame, tube: Tube, inner_hu: float) -> None:

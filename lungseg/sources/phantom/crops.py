@@ -9,20 +9,22 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Collection
-from concurrent.futures import ProcessPoolExecutor
+from collections import deque
+from collections.abc import Collection, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from itertools import chain, islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from lungseg.errors import DataError
 from lungseg.scan.volume import write_mask, write_nifti
 from lungseg.sources.phantom.anatomy import Window
 from lungseg.sources.phantom.choose import CROPS, Scan, all_scans
-from lungseg.sources.phantom.synthesis import synthesise
+from lungseg.sources.phantom.synthesis import Phantom
 from lungseg.sources.phantom.write import NOT_A_PATIENT, VERSION, unwritable
 from lungseg.telemetry import Progress
 
@@ -49,36 +51,54 @@ def write_crops(
     if crops < 1 or seed < 0:
         remedy = "ask for at least one crop and a seed from 0"
         raise DataError("phantom-arguments", crops=crops, seed=seed, remedy=remedy)
-    scans = all_scans(seed, CROPS, without)
-    nodules = islice(((scan, number) for scan in scans for number in range(len(scan.marks))), crops)
-    first = list(islice(nodules, 1))  # here it turns out whether the patients are known
+    jobs = _jobs(all_scans(seed, CROPS, without), crops)
+    first = list(islice(jobs, 1))  # here it turns out whether the patients are known
     _own(out, {"made_by": NOT_A_PATIENT, "seed": seed, "version": VERSION, "without": sorted(without)})
     progress(0, crops)
-    cores = len(os.sched_getaffinity(0))
-    pool = ProcessPoolExecutor(cores, get_context("spawn"), _leave_ctrl_c_to_the_parent)
+    cores, written = len(os.sched_getaffinity(0)), 0
+    pool = ProcessPoolExecutor(cores, get_context("spawn"), _start_worker)
+    under_way: deque[Future[int]] = deque()
     try:
-        written = [pool.submit(_write, out, *one, seed) for one in chain(first, nodules)]
-        for done, one in enumerate(written, start=1):
-            one.result()
-            progress(done, crops)
+        for scan, count in chain(first, jobs):
+            under_way.append(pool.submit(_write, out, scan, count, seed))
+            while len(under_way) > 2 * cores or (under_way and under_way[0].done()):
+                progress(written := written + under_way.popleft().result(), crops)
+        for job in under_way:
+            progress(written := written + job.result(), crops)
     finally:
         pool.shutdown(cancel_futures=True)
-    if len(written) < crops:
-        raise DataError("phantom-too-many", crops=crops, remedy=f"ask for at most {len(written)} crops")
+    if written < crops:
+        raise DataError("phantom-too-many", crops=crops, remedy=f"ask for at most {written} crops")
 
 
-def _leave_ctrl_c_to_the_parent() -> None:
+def _jobs(scans: Iterator[Scan], crops: int) -> Iterator[tuple[Scan, int]]:
+    """Each scan with how many of its nodules are wanted, all together `crops`, as long as there are scans."""
+    for scan in scans:
+        yield scan, min(len(scan.marks), crops)
+        crops -= min(len(scan.marks), crops)
+        if not crops:
+            return
+
+
+def _start_worker() -> None:
+    """Ctrl-C is the parent's; and as each core has a worker, NumPy's threads would be too many."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threadpool_limits(1)
 
 
-def _write(out: Path, scan: Scan, number: int, seed: int) -> None:
-    """The image last: where it is, the mask is too."""
-    name = f"{scan.patient_id}_n{number + 1:02d}.nii.gz"
-    if not (out / "images" / name).exists():
+def _write(out: Path, scan: Scan, count: int, seed: int) -> int:
+    """The pairs of the first `count` nodules; each image last: where it is, the mask is too."""
+    names = [f"{scan.patient_id}_n{number + 1:02d}.nii.gz" for number in range(count)]
+    missing = [number for number, name in enumerate(names) if not (out / "images" / name).exists()]
+    if missing:
+        shape, spacing_mm = scan.geometry.shape_zyx, scan.geometry.spacing_mm
+        phantom = Phantom(shape, spacing_mm, scan.lesions, (seed, scan.scan_id), hard=True)
+    for number in missing:
         box = _around(scan, number)
         geometry = scan.geometry.part(box)
-        write_mask(out / "masks" / name, _mask(scan, number)[box], geometry)
-        write_nifti(out / "images" / name, _image(scan, box, seed), geometry)
+        write_mask(out / "masks" / names[number], _mask(scan, number)[box], geometry)
+        write_nifti(out / "images" / names[number], phantom.image(box), geometry)
+    return count
 
 
 def _own(out: Path, says: dict[str, Any]) -> None:
@@ -116,9 +136,3 @@ def _mask(scan: Scan, number: int) -> np.ndarray:
         mask[mark.box][lesion.mask] = IGNORED
     mask[scan.marks[number].box][scan.lesions[number].mask] = NODULE
     return mask
-
-
-def _image(scan: Scan, box: Window, seed: int) -> np.ndarray:
-    rng = np.random.default_rng([seed, scan.scan_id])
-    shape, spacing_mm = scan.geometry.shape_zyx, scan.geometry.spacing_mm
-    return synthesise(shape, spacing_mm, scan.lesions, rng, hard=True, window=box)

@@ -8,7 +8,7 @@ import numpy as np
 from scipy.ndimage import gaussian_filter
 
 from lungseg.sources.phantom.anatomy import BLOOD_HU, Chest, Lesion, Window, whole
-from lungseg.sources.phantom.branches import Tube, airways, near, stamp_tube, vessels
+from lungseg.sources.phantom.branches import Tree, Tube, airways, stamp_tube, vessels
 from lungseg.sources.phantom.decoys import distract, mislead
 from lungseg.sources.phantom.scanner import noisy, reconstructed
 
@@ -18,38 +18,56 @@ FED = 0.5
 KERNEL_PIXELS = 8
 
 
-def synthesise(
-    shape_zyx: tuple[int, int, int],
-    spacing_mm: tuple[float, float, float],
-    lesions: Sequence[Lesion],
-    rng: np.random.Generator,
-    hard: bool = False,
-    window: Window | None = None,
-) -> np.ndarray:
-    """int16 HU [z, y, x], slices from the feet to the head, rows to the back; a function of `rng`'s seed.
+class Phantom:
+    """A chest of which any part can be seen; what runs through its lungs is drawn once. A function of `seed`.
 
     In a `hard` one lesions hang on the wall and on vessels, scars, bands and lymph nodes are there beside
-    them, and the kernel differs from scan to scan. With a `window` only that part is made, in a small part of
-    the time: what the whole would show there, but for the noise.
+    them, and the kernel differs from scan to scan.
     """
-    wide = _widened(window, shape_zyx) if window else whole(shape_zyx)
-    chest = Chest(shape_zyx, spacing_mm, lesions, rng, hard, wide)
-    hu = np.empty([side.stop - side.start for side in wide], np.float32)
-    for index, plane in enumerate(hu):
-        plane[...] = chest.slice_hu(index)
-    fed = chest.lesions_mm[rng.uniform(size=len(lesions)) < FED] if hard else chest.lesions_mm[:0]
-    for tube in near(vessels(chest.hila_mm, chest.points_in_lung, rng, fed), hu, chest):
-        stamp_tube(hu, chest, tube, BLOOD_HU + 10)
-    for tube in near(airways(chest.carina_mm, chest.hila_mm, chest.points_in_lung, rng), hu, chest):
-        _stamp_airway(hu, chest, tube)
-    distract(hu, chest, rng)
-    if hard:
-        mislead(hu, chest, rng)
-    origin = np.array([side.start for side in wide])
-    for lesion in lesions:
-        _paint(hu, lesion, origin, rng)
-    seen = reconstructed(hu, spacing_mm, rng) if hard else noisy(hu, rng)
-    return seen[tuple(slice(s.start - o, s.stop - o) for s, o in zip(window or wide, origin, strict=True))]
+
+    def __init__(
+        self,
+        shape_zyx: tuple[int, int, int],
+        spacing_mm: tuple[float, float, float],
+        lesions: Sequence[Lesion],
+        seed: Sequence[int],
+        hard: bool = False,
+    ) -> None:
+        self.shape_zyx, self.spacing_mm = shape_zyx, spacing_mm
+        self.lesions, self.seed, self.hard = lesions, seed, hard
+        chest, rng = self._chest(whole(shape_zyx))
+        fed = chest.lesions_mm[rng.uniform(size=len(lesions)) < FED] if hard else chest.lesions_mm[:0]
+        self.vessels = Tree(vessels(chest.hila_mm, chest.points_in_lung, rng, fed))
+        self.airways = Tree(airways(chest.carina_mm, chest.hila_mm, chest.points_in_lung, rng))
+        self.drawn = rng.bit_generator.state
+
+    def image(self, window: Window | None = None) -> np.ndarray:
+        """int16 HU [z, y, x], slices from the feet to the head, rows to the back. With a `window` only that
+        part is made, in a small part of the time: what the whole would show there, but for the noise."""
+        wide = _widened(window, self.shape_zyx) if window else whole(self.shape_zyx)
+        chest, rng = self._chest(wide)
+        rng.bit_generator.state = self.drawn
+        hu = np.empty([side.stop - side.start for side in wide], np.float32)
+        for index, plane in enumerate(hu):
+            plane[...] = chest.slice_hu(index)
+        for tube in self.vessels.near(hu, chest):
+            stamp_tube(hu, chest, tube, BLOOD_HU + 10)
+        for tube in self.airways.near(hu, chest):
+            _stamp_airway(hu, chest, tube)
+        distract(hu, chest, rng)
+        if self.hard:
+            mislead(hu, chest, rng)
+        origin = np.array([side.start for side in wide])
+        for lesion in self.lesions:
+            _paint(hu, lesion, origin, rng)
+        seen = reconstructed(hu, self.spacing_mm, rng) if self.hard else noisy(hu, rng)
+        return seen[
+            tuple(slice(s.start - o, s.stop - o) for s, o in zip(window or wide, origin, strict=True))
+        ]
+
+    def _chest(self, window: Window) -> tuple[Chest, np.random.Generator]:
+        rng = np.random.default_rng(self.seed)
+        return Chest(self.shape_zyx, self.spacing_mm, self.lesions, rng, self.hard, window), rng
 
 
 def _widened(window: Window, shape_zyx: tuple[int, int, int]) -> Window:

@@ -19,7 +19,7 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 from lungseg.errors import DataError
 from lungseg.scan.volume import Geometry
 from lungseg.sources.phantom.choose import CLEAR, HARD, Scan, choose
-from lungseg.sources.phantom.synthesis import synthesise
+from lungseg.sources.phantom.synthesis import Phantom
 
 NOT_A_PATIENT = "lungseg synthetic phantom, not a patient"
 # Raised whenever the pixels of one seed change: phantoms of before are then not reused.
@@ -40,7 +40,7 @@ def write_phantom(
     Pixels depend on the seed and the scan alone, and a smaller number of scans is the beginning of a
     larger one. What an earlier call wrote is kept; a series appears whole or not at all. `progress` gets
     (scans done, all scans) after each. `hard` ones have small nodules too, slices of up to 5 mm, and much
-    that is mistaken for a nodule (see `synthesise`). No contour is taken of the patients `without`.
+    that is mistaken for a nodule (see `Phantom`). No contour is taken of the patients `without`.
     Raises DataError: "phantom-arguments", "phantom-too-many", "phantom-patient-unknown",
     "phantom-folder-taken", "phantom-unwritable".
     """
@@ -108,8 +108,8 @@ def write_series(
 
 def _write(folder: Path, scan: Scan, seed: int, comments: str, hard: bool) -> None:
     geometry = scan.geometry
-    rng = np.random.default_rng([seed, scan.scan_id])
-    volume_hu = synthesise(geometry.shape_zyx, geometry.spacing_mm, scan.lesions, rng, hard)
+    seeds = (seed, scan.scan_id)
+    volume_hu = Phantom(geometry.shape_zyx, geometry.spacing_mm, scan.lesions, seeds, hard).image()
     uids = (scan.series_uid, scan.study_uid)
     try:
         write_series(folder, volume_hu, geometry, *uids, scan.patient_id, description=comments)
