@@ -1,7 +1,7 @@
 """Detection on whole scans after equal minutes of training: lungseg beside MONAI.
 
     uv run python tests/benchmarks/detection.py --peer-python peers/bin/python --work FOLDER \
-        [--minutes 8] [--seeds 0 1 2] [--only lungseg MONAI] [--set a.b=c]
+        [--minutes 8] [--seeds 0 1 2] [--only lungseg MONAI] [--set a.b=c] [--peer-rate 2e-3]
 
 24 hard phantoms (`lungseg phantom --hard`), 16 to train on and 8 to test. Every contestant gets the same
 scans on the grid of 1 mm, the same two cores and minutes, counted from the start of its loop (what prepares
@@ -22,6 +22,9 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +40,7 @@ from lungseg.config import Recipe, load_recipe  # noqa: E402
 from lungseg.dataset.manifest import Manifest, load_manifest  # noqa: E402
 from lungseg.dataset.prepare import prepare  # noqa: E402
 from lungseg.dataset.stored_scans import read_scan  # noqa: E402
-from lungseg.evaluate.case import evaluate_case  # noqa: E402
+from lungseg.evaluate.case import CaseResult, evaluate_case  # noqa: E402
 from lungseg.evaluate.kept import Prediction  # noqa: E402
 from lungseg.evaluate.summary import summary_tree  # noqa: E402
 from lungseg.scan.lungs import lung_mask  # noqa: E402
@@ -94,7 +97,7 @@ def run(contestant: str, seed: int, work: Path, options: argparse.Namespace) -> 
     with tempfile.TemporaryDirectory() as folder:
         job = Path(folder) / "job.json"
         facts = {"work": str(work), "folder": folder, "seed": seed, "minutes": options.minutes}
-        job.write_text(json.dumps(facts | {"settings": options.set}))
+        job.write_text(json.dumps(facts | {"settings": options.set, "rate": options.peer_rate}))
         if contestant == "MONAI":
             for entry in entries:
                 np.save(Path(folder) / f"{entry.case_id}.hu.npy", read_scan(store, entry).volume.volume_hu)
@@ -108,17 +111,11 @@ def run(contestant: str, seed: int, work: Path, options: argparse.Namespace) -> 
         if done.returncode:
             sys.exit(f"{contestant} failed: {done.stderr[-3000:]}")
         told = json.loads(done.stdout.splitlines()[-1])
-        results: dict[str, list[Any]] = {}
-        for number, entry in enumerate(entries):
-            stored = read_scan(store, entry)
-            probability = np.load(Path(folder) / f"{entry.case_id}.npy")
-            lungs = lung_mask(stored.volume)
-            for title, within in titles(contestant, lungs):
-                prediction = Prediction(stored.volume.geometry, probability, within)
-                one = evaluate_case(stored, prediction, recipe.segment, entry.case_id, number)
-                results.setdefault(title, []).append(one)
-    for title, scored in results.items():
-        tree = summary_tree(scored, recipe.segment.candidate_score)
+        scored = Scored(work, contestant, Path(folder), recipe)
+        with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+            of_scans = list(pool.map(scored.scan, range(len(entries))))
+    for number, title in enumerate(titles(contestant)):
+        tree = summary_tree([scan[number] for scan in of_scans], recipe.segment.candidate_score)
         figures = tree["summary"] | {
             "cpm": tree["detection"]["luna16"]["cpm"]["value"],
             "ece": tree["calibration"]["ece"],
@@ -128,10 +125,28 @@ def run(contestant: str, seed: int, work: Path, options: argparse.Namespace) -> 
         yield {"contestant": title, "seed": seed, "minutes": options.minutes, **told, **chosen}
 
 
-def titles(contestant: str, lungs: np.ndarray) -> list[tuple[str, np.ndarray | None]]:
-    if contestant == "lungseg":
-        return [("lungseg", lungs)]
-    return [("MONAI", None), ("MONAI, in the lungs", lungs)]
+def titles(contestant: str) -> list[str]:
+    return [contestant] if contestant == "lungseg" else [contestant, f"{contestant}, in the lungs"]
+
+
+@dataclass(frozen=True)
+class Scored:
+    work: Path
+    contestant: str
+    folder: Path
+    recipe: Recipe
+
+    def scan(self, number: int) -> list[CaseResult]:
+        """What a test scan's probabilities are worth, for each of `titles`."""
+        store, manifest = make_data(self.work, self.recipe)
+        entry = manifest.require_held_out("test")[number]
+        stored = read_scan(store, entry)
+        probability, lungs = np.load(self.folder / f"{entry.case_id}.npy"), lung_mask(stored.volume)
+        scored = []
+        for within in [lungs] if self.contestant == "lungseg" else [None, lungs]:
+            prediction = Prediction(stored.volume.geometry, probability, within)
+            scored.append(evaluate_case(stored, prediction, self.recipe.segment, entry.case_id, number))
+        return scored
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -160,6 +175,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=8)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
+    parser.add_argument("--peer-rate", type=float, default=2e-3, help="the learning rate, at its highest")
     parser.add_argument("--set", nargs="+", default=[], help="settings over lungseg's recipe")
     options = parser.parse_args()
     os.environ.setdefault("LUNGSEG_CASE_KEY", "a key for this benchmark")
