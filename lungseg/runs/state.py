@@ -47,10 +47,11 @@ class TrainState:
 
     def last_epoch(self, config: TrainConfig) -> int:
         """The epoch that ends the run: the recipe's last, or the last that fits into its minutes if those to
-        come take as long as the latest (the first also traces the graphs)."""
+        come take as long as the latest without the tracing of its graph."""
         if config.max_minutes is None or not self.epoch:
             return config.epochs
         of_one = self.metrics["train_seconds"] + self.metrics["val_seconds"]
+        of_one = max(of_one - self.metrics.get("graph_seconds", 0.0), 1e-3)
         left = max(0.0, config.max_minutes * 60 - self.seconds)
         return min(config.epochs, self.epoch + int(left / of_one))
 

@@ -41,7 +41,8 @@ _log = log("train")
 
 @dataclass(frozen=True)
 class _Worker:
-    """What a worker holds while it trains; only rank 0 has a recorder. `began` is a monotonic clock's."""
+    """What a worker holds while it trains, which began at the time `began` of a monotonic clock with the
+    epoch after `first_epoch`; only rank 0 has a recorder."""
 
     job: Job
     session: Session
@@ -49,6 +50,7 @@ class _Worker:
     recorder: Recorder | None
     steps_per_epoch: int
     began: float
+    first_epoch: int
 
     def seconds(self) -> float:
         return time.monotonic() - self.began
@@ -93,7 +95,7 @@ def run_worker(job: Job, session: Session) -> None:
         if state.ended(recipe.train):
             session.report(state.metrics)  # whoever waits for it, a sweep, has not heard of the last epoch
         began = time.monotonic() - state.seconds
-        _train(_Worker(job, session, stepper, recorder, steps, began), state)
+        _train(_Worker(job, session, stepper, recorder, steps, began, state.epoch), state)
 
 
 def _restore(job: Job, session: Session, checkpoints: Checkpoints, stepper: Stepper) -> Checkpoint | None:
@@ -281,6 +283,7 @@ def _metrics(worker: _Worker, state: TrainState, sums: ValSums) -> dict[str, flo
         **dice,
         "learning_rate": worker.stepper.learning_rate(state.step - 1),
         "train_seconds": state.train_seconds,
+        "graph_seconds": worker.stepper.graph_seconds if state.epoch == worker.first_epoch else 0.0,
         "data_wait_seconds": state.data_wait_seconds,
         "val_seconds": worker.seconds() - state.seconds,
         "seconds": worker.seconds(),

@@ -6,6 +6,7 @@ replicas hold equal weights and the result does not depend on how many there are
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import astuple, dataclass
 from functools import partial
@@ -80,6 +81,7 @@ class Stepper:
 
     def __init__(self, recipe: Recipe, strategy: tf.distribute.Strategy, total_steps: int) -> None:
         self.strategy = strategy
+        self.graph_seconds = 0.0  # the first step's, which traces the graph
         self._recipe = recipe
         self._loss = Loss(recipe.loss)
         keras.utils.set_random_seed(recipe.train.seed)
@@ -121,7 +123,10 @@ class Stepper:
 
     def train(self, on_devices: OnDevices) -> Measured:
         """Update the weights once."""
-        return Measured(*self._train(*on_devices))
+        began = time.monotonic()
+        measured = Measured(*self._train(*on_devices))
+        self.graph_seconds = self.graph_seconds or time.monotonic() - began
+        return measured
 
     def validate(self, on_devices: OnDevices) -> ValSums:
         return ValSums(*(float(total) for total in self._validate(on_devices.image, on_devices.mask)))

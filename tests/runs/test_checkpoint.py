@@ -300,7 +300,8 @@ def test_minutes_hold_as_many_epochs_as_fit_if_each_takes_as_long_as_the_latest(
     assert begun.last_epoch(config) == 10
     assert not begun.ended(config)
     for epoch, seconds, last in ((1, 14.9, 4), (3, 35.0, 4), (3, 50.0, 3), (2, 70.0, 2), (2, 1.0, 6)):
-        latest = {"train_seconds": 10.0, "val_seconds": 4.0}
+        graph_seconds = 30.0 if epoch == 1 else 0.0  # of a worker's first epoch
+        latest = {"train_seconds": 10.0 + graph_seconds, "val_seconds": 4.0, "graph_seconds": graph_seconds}
         state = replace(begun, epoch=epoch, seconds=seconds, metrics=latest)
         assert state.last_epoch(config) == last
         assert state.ended(config) == (epoch == last)

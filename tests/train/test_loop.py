@@ -101,6 +101,11 @@ def test_a_run_killed_after_an_epoch_goes_on_to_the_very_same_weights(job: Job, 
     assert_equal_bits(newest(again), whole)
     assert [line["epoch"] for line in lines(again)] == [1, 2, 3]
     assert [line["loss"] for line in lines(again)] == [line["loss"] for line in lines(job)]
+    assert [0 < line["graph_seconds"] <= line["train_seconds"] for line in lines(again)] == [
+        True,
+        False,
+        True,
+    ]
     said_again: list[dict[str, float]] = []
     run(again, said_again.append)
     assert said_again == [newest(again).state.metrics]
