@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     import urllib3
 
 _log = logging.getLogger("lungseg.storage")
-_PIECE = 1 << 18
 _URL_SECONDS = 300.0  # below the ten minutes for which refreshed credentials are still good
 
 
@@ -76,11 +75,15 @@ class S3Store(Store):
         return data
 
     def get_into(self, key: str, start: int, out: memoryview, read: Read | None = None) -> None:
-        def fill(answer: urllib3.BaseHTTPResponse) -> int:
-            found = 0
-            # In pieces that stay in the processor's cache: urllib3 copies them once more.
-            while more := answer.readinto(out[found : found + _PIECE]):
+        def fill(answer: Any) -> int:
+            from urllib3.exceptions import IncompleteRead
+
+            # http.client's own answer, from the socket into `out`: urllib3 copies all twice more on the way.
+            body, found = answer._fp, 0
+            while more := body.readinto(out[found:]):
                 found += more
+            if body.length:
+                raise IncompleteRead(found, body.length)
             return found
 
         ranged = f"bytes={start}-{start + len(out) - 1}"
