@@ -94,9 +94,9 @@ def _write(out: Path, scan: Scan, count: int, seed: int) -> int:
         shape, spacing_mm = scan.geometry.shape_zyx, scan.geometry.spacing_mm
         phantom = Phantom(shape, spacing_mm, scan.lesions, (seed, scan.scan_id), hard=True)
     for number in missing:
-        box = _around(scan, number)
+        box = around(scan, number)
         geometry = scan.geometry.part(box)
-        write_mask(out / "masks" / names[number], _mask(scan, number)[box], geometry)
+        write_mask(out / "masks" / names[number], mask_of(scan, number)[box], geometry)
         write_nifti(out / "images" / names[number], phantom.image(box), geometry)
     return count
 
@@ -120,7 +120,8 @@ def _own(out: Path, says: dict[str, Any]) -> None:
         raise DataError("phantom-folder-taken", folder=out, remedy=remedy)
 
 
-def _around(scan: Scan, number: int) -> Window:
+def around(scan: Scan, number: int) -> Window:
+    """The part of the scan's grid that a crop shows."""
     geometry, box = scan.geometry, scan.marks[number].box
     sides = []
     for side, spacing, count in zip(box, geometry.spacing_mm, geometry.shape_zyx, strict=True):
@@ -130,7 +131,8 @@ def _around(scan: Scan, number: int) -> Window:
     return slices, rows, columns
 
 
-def _mask(scan: Scan, number: int) -> np.ndarray:
+def mask_of(scan: Scan, number: int) -> np.ndarray:
+    """uint8 [z, y, x] of the whole scan."""
     mask = np.zeros(scan.geometry.shape_zyx, np.uint8)
     for mark, lesion in zip(scan.marks, scan.lesions, strict=True):
         mask[mark.box][lesion.mask] = IGNORED
