@@ -120,23 +120,32 @@ def line(minutes: float, title: str, scores: str, rows: list[dict[str, Any]]) ->
 
 
 def lead(rows: list[dict[str, Any]]) -> str:
-    """By how much lungseg is ahead on the same nodules, and the standard error of that mean."""
-    dice: dict[tuple[float, str], dict[tuple[str, int], float]] = {}
+    """By how much lungseg is ahead on the same nodules, and the standard error of that mean over nodules."""
+    dice: dict[tuple[float, str], dict[tuple[str, int], tuple[float, int]]] = {}
     for row in rows:
         one = dice.setdefault((row["minutes"], row["contestant"]), {})
-        one.update({(name, row["seed"]): nodule[0] for name, nodule in row["nodules"].items()})
+        one.update({(name, row["seed"]): nodule for name, nodule in row["nodules"].items()})
     lines = []
-    for (minutes, peer), theirs in sorted(dice.items()):
-        ours = dice.get((minutes, "lungseg"), {}) if peer != "lungseg" else {}
-        of_each: dict[str, list[float]] = {}
-        for nodule in ours.keys() & theirs:
-            of_each.setdefault(nodule[0], []).append(ours[nodule] - theirs[nodule])
-        gains = [statistics.mean(seeds) for seeds in of_each.values()]
-        if len(gains) > 1:
-            error = statistics.stdev(gains) / len(gains) ** 0.5
-            told = f"{statistics.mean(gains):+.3f}, standard error {error:.3f}, {len(gains)} nodules"
-            lines.append(f"{minutes:g} minutes, lungseg less {peer}: {told}")
+    for (minutes, mine), ours in sorted(dice.items()):
+        for peer in [peer for when, peer in sorted(dice) if when == minutes and mine.startswith("lungseg")]:
+            theirs = dice[minutes, peer]
+            of_each: dict[tuple[str, int], list[float]] = {}
+            for name, seed in (ours.keys() & theirs.keys()) if mine != peer else ():
+                gain = ours[name, seed][0] - theirs[name, seed][0]
+                of_each.setdefault((name, ours[name, seed][1]), []).append(gain)
+            sizes: dict[str, list[float]] = {size: [] for size in ("all", "small", "large")}
+            for (_, voxels), gains in of_each.items():
+                for size in ("all", "small" if voxels < SMALL_VOXELS else "large"):
+                    sizes[size].append(statistics.mean(gains))
+            told = [f"{size} {with_error(found)}" for size, found in sizes.items() if len(found) > 1]
+            if told:
+                lines.append(f"{minutes:g} minutes, {mine} less {peer}: {'; '.join(told)}")
     return "\n".join(lines)
+
+
+def with_error(of_nodules: list[float]) -> str:
+    error = statistics.stdev(of_nodules) / len(of_nodules) ** 0.5
+    return f"{statistics.mean(of_nodules):+.3f}, standard error {error:.3f}, {len(of_nodules)} nodules"
 
 
 def mean(nodules: Any) -> float:
