@@ -3,7 +3,8 @@
     uv run python tests/outline_figures.py [--scans 24]
 
 The mean over nodules of the median HU at each depth within the outline (negative: outside it), on a grid of
-1 mm. The phantoms' rim (`lungseg.sources.phantom.synthesis`) is fitted to the patients' figures.
+1 mm. Readers were to outline the outer border: in patients a nodule's HU are half of the way to lung some way
+within its outline, and in phantoms at the outline.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from lungseg.sources.phantom import crops
 from lungseg.sources.phantom.choose import CROPS, all_scans
 from lungseg.sources.phantom.synthesis import Phantom
 
-EDGES_MM = np.arange(-2.0, 4.01, 0.5)
+EDGES_MM = np.arange(-2.0, 5.01, 1.0)
 FEWEST_VOXELS = 60  # of a nodule, and 10 of a depth: fewer have no median worth a mean
 
 

@@ -13,7 +13,6 @@ from lungseg.scan.dicom import read_series
 from lungseg.scan.volume import Geometry
 from lungseg.sources import pylidc_compat
 from lungseg.sources.lidc import find_cases
-from lungseg.sources.phantom import synthesis
 from lungseg.sources.phantom import write as phantom
 from lungseg.sources.phantom.anatomy import Chest, Lesion
 from lungseg.sources.phantom.branches import vessels
@@ -166,18 +165,6 @@ def test_lesions_show_the_density_of_their_texture_with_soft_edges():
     row = small(1, [Lesion((10, 40, 20), mask, 5.0)])[11, 44, 15:34].astype(float)
     drawn = np.flatnonzero(mask[1, 4]) + 5
     assert row[drawn].min() > -420 > max(row[drawn[0] - 2], row[drawn[-1] + 2])
-
-
-def test_a_hard_phantoms_outline_is_wider_than_its_lesion_as_those_that_readers_draw():
-    """Half of the contrast lies within it, further for one nodule than for another."""
-    outline, spacing = np.hypot(*np.ogrid[-20:21, -20:21])[None].repeat(5, 0) <= 15, (0.7, 0.7, 0.7)
-    outline = np.pad(outline, ((12, 12), (0, 0), (0, 0)), mode="edge")  # a rod, whose tops are far
-    filled = np.array([synthesis._within(outline, spacing, np.random.default_rng(n))[14] for n in range(60)])
-    radii_mm = np.sqrt(filled.sum(axis=(1, 2)) / np.pi) * 0.7
-    outlined_mm = np.sqrt(outline[14].sum() / np.pi) * 0.7
-    assert abs(outlined_mm - radii_mm.mean() - synthesis.OUTLINED_MM) < 0.2
-    assert 0.5 < radii_mm.std() < 0.8
-    assert (filled[:, 20, 20] == 1).all()
 
 
 def test_vessels_do_not_make_all_of_the_lung_bright():

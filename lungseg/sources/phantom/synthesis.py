@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.ndimage import distance_transform_edt, gaussian_filter
+from scipy.ndimage import gaussian_filter
 
 from lungseg.sources.phantom.anatomy import BLOOD_HU, Chest, Lesion, Window, whole
 from lungseg.sources.phantom.branches import Tree, Tube, airways, stamp_tube, vessels
@@ -16,11 +16,6 @@ LUMEN_HU = -960.0
 FED = 0.5
 """Share of the lesions of a hard phantom in which a vessel ends."""
 KERNEL_PIXELS = 8
-OUTLINED_MM, OUTLINES_VARY_MM, WOBBLE_MM, RIM_MM = 0.9, 0.6, 0.7, 2.5
-"""LIDC's readers were to outline the outer border of a nodule, and did it by hand: so far beyond where it
-fills half of a voxel, by the mean, by its deviation between nodules and along one outline; and over how much
-a nodule goes over into lung. So the HU at an outline are what they are in patients: see
-tests/outline_figures.py."""
 
 
 class Phantom:
@@ -64,7 +59,7 @@ class Phantom:
             mislead(hu, chest, rng)
         origin = np.array([side.start for side in wide])
         for lesion in self.lesions:
-            _paint(hu, lesion, origin, rng, self.spacing_mm if self.hard else None)
+            _paint(hu, lesion, origin, rng)
         seen = reconstructed(hu, self.spacing_mm, rng) if self.hard else noisy(hu, rng)
         return seen[
             tuple(slice(s.start - o, s.stop - o) for s, o in zip(window or wide, origin, strict=True))
@@ -91,19 +86,12 @@ def _stamp_airway(hu: np.ndarray, chest: Chest, tube: Tube) -> None:
     stamp_tube(hu, chest, tube, LUMEN_HU)
 
 
-def _paint(
-    hu: np.ndarray,
-    lesion: Lesion,
-    origin: np.ndarray,
-    rng: np.random.Generator,
-    outlined_mm: tuple[float, float, float] | None,
-) -> None:
+def _paint(hu: np.ndarray, lesion: Lesion, origin: np.ndarray, rng: np.random.Generator) -> None:
     """Blend a lesion into `hu`, whose first voxel is at `origin`, in place: its mask is where it fills at
-    least half of a voxel, or what a reader would outline around it on a grid of spacing `outlined_mm`."""
+    least half of a voxel."""
     pad = 3
     mask = np.pad(lesion.mask, pad).astype(np.float32)
-    filled = mask if outlined_mm is None else _within(mask > 0, outlined_mm, rng)
-    share = gaussian_filter(filled, (0.35, 0.8, 0.8))
+    share = gaussian_filter(mask, (0.35, 0.8, 0.8))
     solid, ground_glass = rng.uniform(0, 60), rng.uniform(-650, -400)
     grain = 15 * gaussian_filter(rng.standard_normal(mask.shape), 1.0) * 3
     if lesion.texture >= 4:
@@ -122,15 +110,3 @@ def _paint(
     here = tuple(slice(a, b) for a, b in zip(low - first, high - first, strict=True))
     part = hu[there]
     np.maximum(part, part + share[here] * (inner[here] - part), out=part)
-
-
-def _within(
-    outline: np.ndarray, spacing_mm: tuple[float, float, float], rng: np.random.Generator
-) -> np.ndarray:
-    """The share of each voxel that a lesion fills around which a hand drew this outline."""
-    half = spacing_mm[1] / 2
-    inside, outside = (distance_transform_edt(part, spacing_mm) for part in (outline, ~outline))
-    depth_mm = np.where(outline, inside - half, half - outside)
-    wobble = gaussian_filter(rng.standard_normal(outline.shape), 2 / np.array(spacing_mm))
-    drawn_mm = OUTLINED_MM + OUTLINES_VARY_MM * rng.standard_normal() + WOBBLE_MM * wobble / wobble.std()
-    return np.clip(0.5 + (depth_mm - drawn_mm) / RIM_MM, 0, 1).astype(np.float32)

@@ -23,7 +23,7 @@ from lungseg.sources.phantom.synthesis import Phantom
 
 NOT_A_PATIENT = "lungseg synthetic phantom, not a patient"
 # Raised whenever the pixels of one seed change: phantoms of before are then not reused.
-VERSION = 2
+VERSION = 1
 INTERCEPT_HU = -1024  # as in LIDC-IDRI
 
 
