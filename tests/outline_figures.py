@@ -10,6 +10,7 @@ within its outline, and in phantoms at the outline.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterator
 from itertools import islice
 
@@ -24,17 +25,16 @@ from lungseg.sources.phantom import crops
 from lungseg.sources.phantom.choose import CROPS, all_scans
 from lungseg.sources.phantom.synthesis import Phantom
 
+CROPS_OF_PATIENTS = REAL_DATA / "lidc_crops"
 EDGES_MM = np.arange(-2.0, 5.01, 1.0)
 FEWEST_VOXELS = 60  # of a nodule, and 10 of a depth: fewer have no median worth a mean
 
 
 def patients() -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """HU and mask of each real crop, on 1 mm."""
-    folder = REAL_DATA / "lidc_crops"
-    for file in sorted((folder / "images").iterdir()):
-        hu, mask = (
-            sitk.GetArrayFromImage(sitk.ReadImage(path)) for path in (file, folder / "masks" / file.name)
-        )
+    for file in sorted((CROPS_OF_PATIENTS / "images").iterdir()):
+        both = (file, CROPS_OF_PATIENTS / "masks" / file.name)
+        hu, mask = (sitk.GetArrayFromImage(sitk.ReadImage(path)) for path in both)
         yield hu, mask > 0
 
 
@@ -64,6 +64,8 @@ def main() -> None:
     )
     parser.add_argument("--scans", type=int, default=24)
     options = parser.parse_args()
+    if not CROPS_OF_PATIENTS.exists():
+        sys.exit(f"the crops of patients are not there: {CROPS_OF_PATIENTS}")
     middles = (EDGES_MM[1:] + EDGES_MM[:-1]) / 2
     print(f"depth, mm  {' '.join(f'{depth:>6}' for depth in middles)}")
     for title, found in (("patients", patients()), ("phantoms", phantoms(options.scans))):

@@ -2,7 +2,7 @@
 
     python detection_peer.py JOB.json
 
-Learning rate and batch are lungseg's unless told otherwise.
+Learning rate, unless another is given, and batch are lungseg's; they have not been tuned.
 """
 
 from __future__ import annotations

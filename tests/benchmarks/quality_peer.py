@@ -2,7 +2,7 @@
 
     python quality_peer.py JOB.json
 
-Batch and widths have not been tuned; "dynunet-narrow" has the widths of lungseg's recipe.
+Learning rate, batch and widths have not been tuned; "dynunet-narrow" has the widths of lungseg's recipe.
 """
 
 from __future__ import annotations
