@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 
 from lungseg.config.fields import Codec, Frozen, Label, LidcMask, Seed, Shape, Share, Spacing
 
+GET_BYTES = 12 << 20  # decoded; about a third of it on its way
+
 
 class LidcConfig(Frozen):
     """The field's LIDC-IDRI protocol."""
@@ -71,7 +73,9 @@ class ShardConfig(Frozen):
 
     target_mib: int = Field(128, ge=1, le=1024, description="MiB of one shard, before compression")
     rows_per_batch: int = Field(2, ge=1, description="patches in a record batch, the unit of the shuffle")
-    batches_per_get: int = Field(4, ge=1, description="adjacent record batches that one GET fetches")
+    batches_per_get: int | None = Field(
+        None, ge=1, description="adjacent record batches of one GET; default: 12 MiB decoded, at most 8"
+    )
     positive_share: float | None = Field(
         None,
         gt=0,
@@ -81,6 +85,11 @@ class ShardConfig(Frozen):
     )
     codec: Codec = Field("planes-lz4", description="of images; planes: low and high bytes apart")
     seed: Seed = Field(0, description="of the shuffle over all scans")
+
+    def batches_of_get(self, patch_bytes: int) -> int:
+        """Record batches that one GET fetches, of patches of so many decoded bytes: the fewer GETs, the less
+        they cost the CPU, but what a lane has fetched and not yet given lies in memory."""
+        return self.batches_per_get or min(8, max(1, GET_BYTES // (patch_bytes * self.rows_per_batch)))
 
 
 class DataConfig(Frozen):

@@ -12,11 +12,10 @@ name write other objects: the first to write the manifest owns the name.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-
-import numpy as np
 
 from lungseg.cluster import run_tasks
 from lungseg.config import DataConfig
@@ -148,7 +147,7 @@ def _build(
             for split in SPLITS
         },
         excluded=tuple(excluded),
-        batches_per_get=config.shard.batches_per_get,
+        batches_per_get=config.shard.batches_of_get(_patch_bytes(config)),
         scans={d.case_id: d.cut.facts for d in done},
         patients_by=cases[0].patients_by,
     )
@@ -217,8 +216,8 @@ def _shards(
 ) -> tuple[Shard, ...]:
     mine = {d.case_id: d.cut for d in done if split_of[d.case_id] == split and d.cut.shard}
     rows = [(c, row, s == POSITIVE) for c, cut in mine.items() for row, s in enumerate(cut.strata)]
-    patch_bytes = 3 * int(np.prod(config.patch.shape_zyx))
-    per_extent = config.shard.batches_per_get
+    patch_bytes = _patch_bytes(config)
+    per_extent = config.shard.batches_of_get(patch_bytes)
     per_shard = (config.shard.target_mib << 20) // (patch_bytes * config.shard.rows_per_batch)
     per_shard = max(1, per_shard // per_extent) * per_extent
     share = config.shard.positive_share if split == "train" else None
@@ -236,6 +235,11 @@ def _shards(
         for number, batches in enumerate(plan)
     ]
     return tuple(run_tasks(_shard_task, tasks, SHARD_BYTES))
+
+
+def _patch_bytes(config: DataConfig) -> int:
+    """Decoded: int16 HU and a uint8 mask."""
+    return 3 * math.prod(config.patch.shape_zyx)
 
 
 def _shard_task(

@@ -86,10 +86,11 @@ class Fetcher:
         self._decoders.shutdown(wait=True, cancel_futures=True)
         self._open.clear()
 
-    def submit(self, piece: RowSlice, out: RowsOut) -> Future[None]:
-        """Decode a piece into `out`; done when it is there. After the first failure others are cancelled."""
+    def submit(self, piece: RowSlice, out: RowsOut, done: Callable[[BaseException | None], None]) -> None:
+        """Decode a piece into `out`, and then call `done` on the thread that did it, with what went wrong or
+        None. After the first failure others are cancelled."""
         of, batch = self._batches[piece.record_batch]
-        extent, done = self._extents[of], Future[None]()
+        extent = self._extents[of]
         if of not in self._open:
             self._open[of] = fetched = _Fetched()
             self._readers.submit(self._bytes, extent).add_done_callback(fetched.arrive)
@@ -103,9 +104,9 @@ class Fetcher:
                 shards.copy_images(columns, codec, piece.start, piece.stop, out.image_hu)
                 shards.copy_masks(columns, codec, piece.start, piece.stop, out.mask)
             except BaseException as error:
-                done.set_exception(error)
+                done(error)
             else:
-                done.set_result(None)
+                done(None)
 
         def hand_on(data: Buffer | BaseException) -> None:
             try:
@@ -113,10 +114,9 @@ class Fetcher:
                     raise data
                 self._decoders.submit(decode, data)
             except BaseException as error:  # of the read, or the stream has ended
-                done.set_exception(error)
+                done(error)
 
         self._open[of].then(hand_on)
-        return done
 
     def _bytes(self, extent: Extent) -> Buffer:
         if self._failed.is_set():

@@ -114,7 +114,7 @@ class PatchStream:
             self._fill()
             if not self._waiting:
                 return
-            QUEUE_DEPTH.set(sum(slot.ready.done() for slot in self._waiting))
+            QUEUE_DEPTH.set(sum(slot.full for slot in self._waiting))
             began = time.perf_counter()
             batch = self._waiting.popleft().ready.result()
             waited = time.perf_counter() - began
@@ -148,15 +148,15 @@ class PatchStream:
             for piece in pieces:
                 upto = row + piece.stop - piece.start
                 out = RowsOut(slot.batch.image_hu[row:upto], slot.batch.mask[row:upto])
-                self._fetcher.submit(piece, out).add_done_callback(slot.decoded)
+                self._fetcher.submit(piece, out, slot.decoded)
                 row = upto
             slot.batch.image_hu[row:] = 0
             slot.batch.mask[row:] = IGNORE
             self._waiting.append(slot)
 
     def _empty(self) -> tuple[np.ndarray, np.ndarray]:
-        shape = (self._share, *self._shape)
-        image, mask = np.split(self._slabs.take(), [2 * math.prod(shape)])
+        shape, slab = (self._share, *self._shape), self._slabs.take()
+        image, mask = slab[: len(slab) // 3 * 2], slab[len(slab) // 3 * 2 :]
         return image.view(np.int16).reshape(shape), mask.reshape(shape)
 
 
@@ -166,14 +166,16 @@ class _Slot:
     def __init__(self, batch: Batch, pieces: int) -> None:
         self.batch = batch
         self.ready: Future[Batch] = Future()
+        self.full = (
+            not pieces
+        )  # told without the future's lock, which all slots of a stream would take each time
         self._missing = pieces
         self._lock = threading.Lock()
         if not pieces:
             self.ready.set_result(batch)
 
-    def decoded(self, piece: Future[None]) -> None:
+    def decoded(self, error: BaseException | None) -> None:
         """The last piece, or the first failure, makes the batch ready."""
-        error = piece.exception()
         with self._lock:
             self._missing -= 1
             if self.ready.done():
@@ -181,4 +183,5 @@ class _Slot:
             if error:
                 self.ready.set_exception(error)
             elif not self._missing:
+                self.full = True
                 self.ready.set_result(self.batch)

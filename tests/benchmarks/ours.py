@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import queue
 import threading
@@ -52,7 +53,7 @@ def write(codec: Any, source: Path, uri: str) -> None:
         key = f"data/{codec}/shards/train-{first // per_shard:05d}.arrow"
         written.append(write_shard(store, key, groups, shape, codec))
     splits = {"train": tuple(written), "val": ()}
-    per_get = ShardConfig().batches_per_get
+    per_get = ShardConfig().batches_of_get(3 * math.prod(shape))
     manifest = Manifest(codec, "", {}, shape, splits, {}, {}, {}, (), batches_per_get=per_get)
     store.put(data_manifest(codec), manifest.to_bytes())
 

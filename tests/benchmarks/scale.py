@@ -21,6 +21,7 @@ from lungseg.stream.order import steps_per_pass
 
 THREADS_MOST = next(m.le for m in StreamConfig.model_fields["threads"].metadata if hasattr(m, "le"))
 BYTES_PER_VOXEL = 3  # int16 HU and uint8 mask
+PER_GET = ShardConfig().batches_of_get(BYTES_PER_VOXEL * math.prod(PatchConfig().shape_zyx))
 
 
 def flag(default: Any, text: str) -> Any:
@@ -40,7 +41,7 @@ class Cluster:
     patches_per_s_per_gpu: float = flag(150.0, "patches a GPU trains on, ASSUMED, not measured")
     batch_per_gpu: int = flag(2, "patches of one step on one GPU")
     rows_per_record_batch: int = flag(ShardConfig().rows_per_batch, "patches of a record batch")
-    batches_per_get: int = flag(ShardConfig().batches_per_get, "record batches of an extent, so of one GET")
+    batches_per_get: int = flag(PER_GET, "record batches of an extent, so of one GET, of patches of 64^3")
     patch_shape_zyx: Sequence[int] = flag(PatchConfig().shape_zyx, "voxels")
     compression_ratio: float = flag(2.2, "3 bytes a voxel to stored, ASSUMED; one CT by planes-lz4: 2.27")
     dataset_patches: int = flag(17_000, "read in a pass; LIDC-IDRI: 888 scans of about 19")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from lungseg.config import Recipe, field_names, load_recipe, parse_recipe, resegmented
+from lungseg.config import Recipe, ShardConfig, field_names, load_recipe, parse_recipe, resegmented
 from lungseg.config.tune import Dimension
 from lungseg.errors import ConfigError
 
@@ -260,3 +260,9 @@ def test_of_a_trained_network_only_segment_can_be_set_anew() -> None:
         resegmented(recipe, ["segment.threshold=2"])
     with pytest.raises(ConfigError, match="field-unknown"):
         resegmented(recipe, ["segment.treshold=0.3"])
+
+
+@pytest.mark.parametrize(("side", "batches"), [(32, 8), (64, 8), (96, 2), (128, 1), (256, 1)])
+def test_one_get_fetches_12_mib_and_at_most_eight_record_batches(side: int, batches: int) -> None:
+    assert ShardConfig().batches_of_get(3 * side**3) == batches
+    assert ShardConfig(batches_per_get=5).batches_of_get(3 * side**3) == 5

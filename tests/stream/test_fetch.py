@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 import time
 from collections.abc import Iterator
@@ -260,10 +261,11 @@ def test_after_a_failure_no_further_read_is_begun(s3_uri: str) -> None:
     counted = Counted()
     with Fetcher(store, manifest.extents("train"), SHAPE, StreamConfig(threads=1), None, 1) as fetcher:
         out = RowsOut(np.empty((2, *SHAPE), np.int16), np.empty((2, *SHAPE), np.uint8))
-        futures = [fetcher.submit(RowSlice(number, 0, 2), out) for number in range(6)]
-        with pytest.raises(StorageError, match="object-missing"):
-            futures[0].result()
-        for future in futures[1:]:
-            with pytest.raises(CancelledError):
-                future.result()
+        ended: list[queue.SimpleQueue[BaseException | None]] = [queue.SimpleQueue() for _ in range(6)]
+        for number, one in enumerate(ended):
+            fetcher.submit(RowSlice(number, 0, 2), out, one.put)
+        errors = [one.get(timeout=60) for one in ended]
+        assert isinstance(errors[0], StorageError)
+        assert errors[0].code == "object-missing"
+        assert [type(error) for error in errors[1:]] == [CancelledError] * 5
     assert counted["gets"] == 1
