@@ -75,7 +75,7 @@ def test_in_full_windows_a_node_fetches_what_lies_in_its_share_or_is_cut_by_it_a
 def test_gets_of_a_real_data_set_are_those_of_the_real_order(nodes, patches):
     cluster = Cluster(nodes, dataset_patches=patches)
     counted = counted_per_extent(cluster, 2 + nodes // 16, range(0, nodes, math.ceil(nodes / 5)))
-    assert counted == pytest.approx(cluster.gets_per_extent, rel=0.03)
+    assert counted == pytest.approx(cluster.gets_per_extent, rel=0.04)
 
 
 @pytest.mark.parametrize(
@@ -90,8 +90,10 @@ def test_gets_where_record_batches_divide_neither_share_nor_global_batch(
     assert counted == pytest.approx(cluster.gets_per_extent, rel=0.02)
 
 
-def test_a_data_set_of_fewer_extents_than_lanes_costs_no_more_and_one_below_a_batch_is_refused():
-    assert [Cluster(nodes).gets_per_extent for nodes in (1, 512, 1024)] == [1, 1, 1]
+def test_of_fewer_extents_than_lanes_neighbours_fetch_half_twice_and_data_below_a_batch_is_refused():
+    assert [Cluster(nodes).gets_per_extent for nodes in (1, 512, 1024)] == [1, 1.5, 1.5]
+    aligned = [Cluster(nodes, dataset_patches=17_008).gets_per_extent for nodes in (1, 512, 1024)]
+    assert aligned == [1, 1, 1]
     with pytest.raises(DataError, match="too-few-patches"):
         Cluster(2048)
 
@@ -111,10 +113,10 @@ def test_a_node_sees_its_part_of_each_pass_and_a_cache_that_never_evicts_hits_it
     assert half.gets_per_s_per_node == pytest.approx(0.6 * cluster.gets_per_s_per_node)
 
 
-def test_a_node_of_8_gpus_at_150_patches_per_second_needs_150_gets_and_0_31_gb_per_second():
+def test_a_node_of_8_gpus_at_150_patches_per_second_needs_75_gets_and_0_31_gb_per_second():
     cluster = Cluster(4, compression_ratio=3, dataset_patches=2**14)
     assert cluster.patches_per_s == 4 * 8 * 150
-    assert cluster.gets_per_s_per_node == 8 * 150 / (2 * 4)
+    assert cluster.gets_per_s_per_node == 8 * 150 / (2 * 8)
     assert cluster.bytes_per_s_per_node == pytest.approx(8 * 150 * 64**3)  # one byte is left of three
 
 
@@ -127,11 +129,11 @@ def test_aws_advises_15_connections_for_10_gigabit_per_second():
     assert at_once == pytest.approx(0.15 * cluster.gets_per_s_per_node)
 
 
-def test_a_prefix_of_s3_serves_36_such_nodes_and_not_37():
-    windows_are_full = 64 * 36 * 37
-    assert binding_limits(Cluster(36, dataset_patches=windows_are_full), S3) == []
-    ((load, limit, _),) = binding_limits(Cluster(37, dataset_patches=windows_are_full), S3)
-    assert (load, limit) == (pytest.approx(37 * 150 / 5500), "GETs/s per prefix")
+def test_a_prefix_of_s3_serves_73_such_nodes_and_not_74():
+    windows_are_full = 128 * 73 * 74
+    assert binding_limits(Cluster(73, dataset_patches=windows_are_full), S3) == []
+    ((load, limit, _),) = binding_limits(Cluster(74, dataset_patches=windows_are_full), S3)
+    assert (load, limit) == (pytest.approx(74 * 75 / 5500), "GETs/s per prefix")
 
 
 def test_the_worst_limit_comes_first():

@@ -1,7 +1,8 @@
 """Detection on whole scans after equal minutes of training: lungseg beside MONAI.
 
     uv run python tests/benchmarks/detection.py --peer-python peers/bin/python --work FOLDER \
-        [--minutes 8] [--seeds 0 1 2] [--only lungseg MONAI] [--set a.b=c] [--peer-rate 2e-3]
+        [--minutes 8] [--seeds 0 1 2] [--only lungseg MONAI] [--set a.b=c] [--choose] \
+        [--peer-rate 2e-3] [--peer-norm batch]
 
 24 hard phantoms (`lungseg phantom --hard`), 16 to train on and 8 to test. Every contestant gets the same
 scans on the grid of 1 mm, the same two cores and minutes, counted from the start of its loop (what prepares
@@ -10,6 +11,7 @@ scored here by the code of `lungseg evaluate`, with the same threshold, smallest
 has RandCropByPosNegLabel, DynUNet and SlidingWindowInferer on the body's box; it knows no lungs, so a second
 row has what lies in them (by lungseg). Nobody validates: the network of the last step is scored. Contestants
 take turns; phantoms, data set and results stay in the folder, and measured rows are not measured again.
+With --choose 12 of the 16 are trained on and the other 4 tested, which is where settings may be chosen.
 """
 
 from __future__ import annotations
@@ -51,6 +53,7 @@ from lungseg.storage import Store, open_store  # noqa: E402
 from lungseg.telemetry import progress  # noqa: E402
 
 TRAIN, TEST, SEED = 16, 8, 0
+CHOICE = "choice"
 CONTESTANTS = ("lungseg", "MONAI")
 COLUMNS = {
     "cpm": "CPM",
@@ -68,11 +71,15 @@ def make_data(work: Path, recipe: Recipe) -> tuple[Store, Manifest]:
     store = open_store(str(work / "store"))
     if (work / "data_is_made").exists():
         return store, load_manifest(store, DATA)
+    choosing = work.name == CHOICE
+    dicom = (work.parent if choosing else work) / "dicom"
     with progress("phantoms") as report:
-        write_phantom(work / "dicom", TRAIN + TEST, SEED, report, hard=True)
-    cases, _ = lidc.find_cases(work / "dicom", recipe.data.lidc)
-    names = sorted(case.case_id for case in cases)
-    table = {name: "test" if number % 3 == 2 else "train" for number, name in enumerate(names)}
+        write_phantom(dicom, TRAIN + TEST, SEED, report, hard=True)
+    cases, _ = lidc.find_cases(dicom, recipe.data.lidc)
+    table = every(3, sorted(case.case_id for case in cases))
+    if choosing:
+        table = every(4, [name for name, split in table.items() if split == "train"])
+    cases = [case for case in cases if case.case_id in table]
     (work / "split.json").write_text(json.dumps(table))
     with progress("scans prepared") as report:
         manifest = prepare(store, DATA, cases, recipe.data, report)
@@ -89,6 +96,10 @@ def make_data(work: Path, recipe: Recipe) -> tuple[Store, Manifest]:
     return store, manifest
 
 
+def every(count: int, names: list[str]) -> dict[str, str]:
+    return {name: "test" if number % count == count - 1 else "train" for number, name in enumerate(names)}
+
+
 def run(contestant: str, seed: int, work: Path, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Train, predict and score; the rows of the results."""
     recipe = load_recipe(RECIPE, [*SETTINGS, f"data.split.file={work / 'split.json'}"])
@@ -97,7 +108,8 @@ def run(contestant: str, seed: int, work: Path, options: argparse.Namespace) -> 
     with tempfile.TemporaryDirectory() as folder:
         job = Path(folder) / "job.json"
         facts = {"work": str(work), "folder": folder, "seed": seed, "minutes": options.minutes}
-        job.write_text(json.dumps(facts | {"settings": options.set, "rate": options.peer_rate}))
+        facts |= {"settings": options.set, "rate": options.peer_rate, "norm": options.peer_norm}
+        job.write_text(json.dumps(facts))
         if contestant == "MONAI":
             for entry in entries:
                 np.save(Path(folder) / f"{entry.case_id}.hu.npy", read_scan(store, entry).volume.volume_hu)
@@ -114,7 +126,7 @@ def run(contestant: str, seed: int, work: Path, options: argparse.Namespace) -> 
         scored = Scored(work, contestant, Path(folder), recipe)
         with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
             of_scans = list(pool.map(scored.scan, range(len(entries))))
-    for number, title in enumerate(titles(contestant)):
+    for number, title in enumerate(titles(contestant, options)):
         tree = summary_tree([scan[number] for scan in of_scans], recipe.segment.candidate_score)
         figures = tree["summary"] | {
             "cpm": tree["detection"]["luna16"]["cpm"]["value"],
@@ -125,8 +137,11 @@ def run(contestant: str, seed: int, work: Path, options: argparse.Namespace) -> 
         yield {"contestant": title, "seed": seed, "minutes": options.minutes, **told, **chosen}
 
 
-def titles(contestant: str) -> list[str]:
-    return [contestant] if contestant == "lungseg" else [contestant, f"{contestant}, in the lungs"]
+def titles(contestant: str, options: argparse.Namespace) -> list[str]:
+    if contestant == "lungseg":
+        return [" ".join([contestant, *options.set])]
+    title = f"{contestant}, {options.peer_norm} norm, rate {options.peer_rate:g}"
+    return [title, f"{title}, in the lungs"]
 
 
 @dataclass(frozen=True)
@@ -151,16 +166,17 @@ class Scored:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Means over the seeds, and the least and the most."""
+    by_score = {score: f"CPM by {score}" for score in rows[0]["cpm_by_score"]}
     lines = [
-        f"| minutes | contestant | seeds | steps | {' | '.join(COLUMNS.values())} |",
-        f"|--:|---|--:|--:|{'--:|' * len(COLUMNS)}",
+        f"| minutes | contestant | seeds | steps | {' | '.join((COLUMNS | by_score).values())} |",
+        f"|--:|---|--:|--:|{'--:|' * len(COLUMNS | by_score)}",
     ]
     for minutes, title in dict.fromkeys((row["minutes"], row["contestant"]) for row in rows):
         those = [row for row in rows if (row["minutes"], row["contestant"]) == (minutes, title)]
         steps = f"{statistics.median(row['steps'] for row in those):.0f}"
         cells = []
-        for name in COLUMNS:
-            values = [row[name] for row in those]
+        for name in COLUMNS | by_score:
+            values = [(row | row["cpm_by_score"])[name] for row in those]
             cells.append(f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})")
         lines.append(f"| {minutes:g} | {title} | {len(those)} | {steps} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -175,17 +191,19 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=8)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
-    parser.add_argument("--peer-rate", type=float, default=2e-3, help="the learning rate, at its highest")
+    parser.add_argument("--peer-rate", type=float, default=2e-3, help="learning rate, at its highest")
+    parser.add_argument("--peer-norm", choices=("batch", "instance"), default="batch")
     parser.add_argument("--set", nargs="+", default=[], help="settings over lungseg's recipe")
+    parser.add_argument("--choose", action="store_true", help="train and test on the scans to train on")
     options = parser.parse_args()
     os.environ.setdefault("LUNGSEG_CASE_KEY", "a key for this benchmark")
-    work = options.work.resolve()
+    work = options.work.resolve() / (CHOICE if options.choose else "")
     work.mkdir(parents=True, exist_ok=True)
     results = work / "detection.jsonl"
     rows = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
     for seed in options.seeds:
         for contestant in options.only:
-            if (contestant, seed, options.minutes) in {
+            if (titles(contestant, options)[0], seed, options.minutes) in {
                 (row["contestant"], row["seed"], row["minutes"]) for row in rows
             }:
                 continue
@@ -194,8 +212,9 @@ def main() -> None:
                 with results.open("a") as file:
                     file.write(json.dumps(row) + "\n")
                 print(f"{row['contestant']}, seed {seed}: CPM {row['cpm']:.3f}", file=sys.stderr, flush=True)
-    print(f"{rows[0]['nodules']} nodules in {TEST} scans" if rows else "nothing measured")
-    print(table(rows))
+    if rows:
+        print(f"{rows[0]['nodules']} nodules in {TRAIN // 4 if options.choose else TEST} scans")
+        print(table(rows))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python detection_peer.py JOB.json
 
-Learning rate, unless another is given, and batch are lungseg's; they have not been tuned.
+The batch is lungseg's, and so are learning rate and norm unless others are given.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def main() -> None:
     job = SimpleNamespace(**json.loads(Path(sys.argv[1]).read_text()))
     torch.set_num_threads(THREADS)
     set_determinism(job.seed)
-    model = dynunet(FILTERS).to(memory_format=torch.channels_last_3d)
+    model = dynunet(FILTERS, job.norm).to(memory_format=torch.channels_last_3d)
     loader = batches(sorted((Path(job.work) / "train").iterdir()))
     facts = train(model, loader, job.minutes, job.rate, WARMUP_STEPS)
     for file in sorted(Path(job.folder).glob("*.hu.npy")):

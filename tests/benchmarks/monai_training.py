@@ -20,13 +20,14 @@ from monai.networks.nets import DynUNet
 
 THREADS = 2
 BFLOAT16 = any(flag in Path("/proc/cpuinfo").read_text() for flag in ("avx512_bf16", "amx_bf16"))
-NORM = ("INSTANCE", {"affine": True})
 KEYS = ("image", "mask")
 
 
-def dynunet(filters: tuple[int, ...]) -> torch.nn.Module:
+def dynunet(filters: tuple[int, ...], norm: str = "instance") -> torch.nn.Module:
     strides = [1] + [2] * (len(filters) - 1)
-    return DynUNet(3, 1, 1, [3] * len(filters), strides, strides[1:], filters=filters, norm_name=NORM)
+    return DynUNet(
+        3, 1, 1, [3] * len(filters), strides, strides[1:], filters=filters, norm_name=(norm, {"affine": True})
+    )
 
 
 def augmentation(turned_axes: tuple[int, int]) -> list[Any]:

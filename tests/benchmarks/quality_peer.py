@@ -20,7 +20,7 @@ import torch
 from monai.data import CacheDataset, DataLoader
 from monai.networks.nets import BasicUNet
 from monai.utils import set_determinism
-from monai_training import KEYS, NORM, THREADS, augmentation, dynunet, probability, train
+from monai_training import KEYS, THREADS, augmentation, dynunet, probability, train
 
 CROP, WARMUP_STEPS = 48, 20
 FILTERS = {"dynunet": (16, 32, 64, 128), "dynunet-narrow": (8, 16, 32, 64, 128)}
@@ -28,7 +28,7 @@ FILTERS = {"dynunet": (16, 32, 64, 128), "dynunet-narrow": (8, 16, 32, 64, 128)}
 
 def network(name: str) -> torch.nn.Module:
     one = dynunet(FILTERS[name]) if name in FILTERS else None
-    one = one or BasicUNet(3, 1, 1, features=(16, 16, 32, 64, 128, 16), norm=NORM)
+    one = one or BasicUNet(3, 1, 1, features=(16, 16, 32, 64, 128, 16), norm=("instance", {"affine": True}))
     return one.to(memory_format=torch.channels_last_3d)
 
 

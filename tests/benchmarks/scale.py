@@ -82,7 +82,7 @@ class Cluster:
         that much sooner. Of an extent's B record batches of n = R rows each lies one turn of all lanes after
         the other: a global batch, if R divides that, so that all touch the same shares; else each turn moves
         them by some rows, and adds as many / s shares. In the last window, which is not full, an extent's
-        n = R B rows are adjacent. Against the real order within 3 % for 17,000 patches, 20 % for small data.
+        n = R B rows are adjacent. Against the real order within 4 % for 17,000 patches, 20 % for small data.
         """
         share, rows, whole = self.share_rows, self.rows_per_record_batch, self.nodes * self.share_rows
         extents, lanes = math.ceil(self.dataset_patches / self.rows_per_get), max(1, whole // rows)

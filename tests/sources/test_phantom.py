@@ -31,7 +31,7 @@ def written(tmp_path_factory):
     out = tmp_path_factory.mktemp("phantom")
     done = []
     (folder,) = write_phantom(out, 1, 0, progress=lambda *counts: done.append(counts))
-    assert done == [(1, 1)]
+    assert done == [(0, 1), (1, 1)]
     return out, folder
 
 
@@ -132,6 +132,16 @@ def test_a_second_run_keeps_the_series_and_another_version_is_not_mixed_in(writt
         write_phantom(out, 1, 0)
     assert folder.name not in str(caught.value)  # a UID
     assert files_below(out) == before
+
+
+@pytest.mark.slow
+def test_of_several_scans_made_side_by_side_each_has_the_bytes_that_it_has_alone(written, tmp_path):
+    done = []
+    folders = write_phantom(tmp_path, 2, 0, progress=lambda *counts: done.append(counts))
+    assert done == [(0, 2), (1, 2), (2, 2)]
+    assert [folder.name for folder in folders] == [scan.series_uid for scan in choose(2, 0)]
+    alone = {path.name: path.read_bytes() for path in written[1].iterdir()}
+    assert {path.name: path.read_bytes() for path in folders[0].iterdir()} == alone
 
 
 def test_scans_are_chosen_by_the_seed_and_fewer_are_the_beginning_of_more():

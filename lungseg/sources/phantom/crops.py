@@ -7,28 +7,24 @@ shapes for a network to learn before it sees the few nodules of one's own.
 from __future__ import annotations
 
 import json
-import os
-import signal
-from collections import deque
 from collections.abc import Collection, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
 from itertools import chain, islice
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 
 from lungseg.errors import DataError
 from lungseg.scan.volume import write_mask, write_nifti
 from lungseg.sources.phantom.anatomy import Window
 from lungseg.sources.phantom.choose import CROPS, Scan, all_scans
+from lungseg.sources.phantom.cores import on_all_cores
 from lungseg.sources.phantom.synthesis import Phantom
 from lungseg.sources.phantom.write import NOT_A_PATIENT, VERSION, unwritable
 from lungseg.telemetry import Progress
 
 SIDE_MM = 64.0
+BYTES_EACH = 1 << 29
 NODULE, IGNORED = 1, 255  # as `prepare pairs` reads masks unless told otherwise
 
 
@@ -55,18 +51,9 @@ def write_crops(
     first = list(islice(jobs, 1))  # here it turns out whether the patients are known
     _own(out, {"made_by": NOT_A_PATIENT, "seed": seed, "version": VERSION, "without": sorted(without)})
     progress(0, crops)
-    cores, written = len(os.sched_getaffinity(0)), 0
-    pool = ProcessPoolExecutor(cores, get_context("spawn"), _start_worker)
-    under_way: deque[Future[int]] = deque()
-    try:
-        for scan, count in chain(first, jobs):
-            under_way.append(pool.submit(_write, out, scan, count, seed))
-            while len(under_way) > 2 * cores or (under_way and under_way[0].done()):
-                progress(written := written + under_way.popleft().result(), crops)
-        for job in under_way:
-            progress(written := written + job.result(), crops)
-    finally:
-        pool.shutdown(cancel_futures=True)
+    written, tasks = 0, ((out, scan, count, seed) for scan, count in chain(first, jobs))
+    for count in on_all_cores(_write, tasks, BYTES_EACH):
+        progress(written := written + count, crops)
     if written < crops:
         raise DataError("phantom-too-many", crops=crops, remedy=f"ask for at most {written} crops")
 
@@ -78,12 +65,6 @@ def _jobs(scans: Iterator[Scan], crops: int) -> Iterator[tuple[Scan, int]]:
         crops -= min(len(scan.marks), crops)
         if not crops:
             return
-
-
-def _start_worker() -> None:
-    """Ctrl-C is the parent's; and as each core has a worker, NumPy's threads would be too many."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threadpool_limits(1)
 
 
 def _write(out: Path, scan: Scan, count: int, seed: int) -> int:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
+from itertools import starmap
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +20,14 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 from lungseg.errors import DataError
 from lungseg.scan.volume import Geometry
 from lungseg.sources.phantom.choose import CLEAR, HARD, Scan, choose
+from lungseg.sources.phantom.cores import on_all_cores
 from lungseg.sources.phantom.synthesis import Phantom
+from lungseg.telemetry import Progress
 
 NOT_A_PATIENT = "lungseg synthetic phantom, not a patient"
 # Raised whenever the pixels of one seed change: phantoms of before are then not reused.
 VERSION = 1
+BYTES_EACH = 1 << 30
 INTERCEPT_HU = -1024  # as in LIDC-IDRI
 
 
@@ -31,16 +35,16 @@ def write_phantom(
     out: Path,
     scans: int,
     seed: int,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = lambda done, total: None,
     hard: bool = False,
     without: Collection[str] = (),
 ) -> list[Path]:
     """Write `scans` series to out/<patient>/<study UID>/<series UID>/*.dcm; gives the series' folders.
 
     Pixels depend on the seed and the scan alone, and a smaller number of scans is the beginning of a
-    larger one. What an earlier call wrote is kept; a series appears whole or not at all. `progress` gets
-    (scans done, all scans) after each. `hard` ones have small nodules too, slices of up to 5 mm, and much
-    that is mistaken for a nodule (see `Phantom`). No contour is taken of the patients `without`.
+    larger one. What an earlier call wrote is kept; a series appears whole or not at all. All cores are used.
+    `hard` ones have small nodules too, slices of up to 5 mm, and much that is mistaken for a nodule (see
+    `Phantom`). No contour is taken of the patients `without`.
     Raises DataError: "phantom-arguments", "phantom-too-many", "phantom-patient-unknown",
     "phantom-folder-taken", "phantom-unwritable".
     """
@@ -56,19 +60,20 @@ def write_phantom(
     if there:
         remedy = "give another --out: here lie phantoms of patients that are to be left out"
         raise DataError("phantom-folder-taken", folder=Path(out) / there[0], remedy=remedy)
-    folders = []
-    for scan in chosen:
-        patient = Path(out) / scan.patient_id
-        folder = patient / scan.study_uid / scan.series_uid
-        comments = f"{NOT_A_PATIENT}; seed {seed}, version {VERSION}{', hard' if hard else ''}"
+    comments = f"{NOT_A_PATIENT}; seed {seed}, version {VERSION}{', hard' if hard else ''}"
+    folders = [Path(out) / scan.patient_id / scan.study_uid / scan.series_uid for scan in chosen]
+    jobs = []
+    for scan, folder in zip(chosen, folders, strict=True):
         if not folder.exists():
-            _write(folder, scan, seed, comments, hard)
+            jobs.append((folder, scan, seed, comments, hard))
         elif not _is_ours(folder, len(scan.zvals_mm), comments):
             remedy = "give another --out: here lie real scans, or phantoms of another kind, seed or version"
-            raise DataError("phantom-folder-taken", folder=patient, remedy=remedy)
-        folders.append(folder)
-        if progress:
-            progress(len(folders), scans)
+            raise DataError("phantom-folder-taken", folder=folder.parents[1], remedy=remedy)
+    # For one alone a process would take longer to start than it saves.
+    written = on_all_cores(_write, jobs, BYTES_EACH) if len(jobs) > 1 else starmap(_write, jobs)
+    progress(done := scans - len(jobs), scans)
+    for _ in written:
+        progress(done := done + 1, scans)
     return folders
 
 
