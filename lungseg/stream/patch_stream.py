@@ -166,9 +166,7 @@ class _Slot:
     def __init__(self, batch: Batch, pieces: int) -> None:
         self.batch = batch
         self.ready: Future[Batch] = Future()
-        self.full = (
-            not pieces
-        )  # told without the future's lock, which all slots of a stream would take each time
+        self.full = not pieces  # told without the lock of `ready`
         self._missing = pieces
         self._lock = threading.Lock()
         if not pieces:
