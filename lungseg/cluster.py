@@ -23,6 +23,7 @@ from lungseg.nodes import keep_warm, on_its_node
 from lungseg.show import duration
 from lungseg.telemetry import Progress, Relay, log, waiting
 from lungseg.warm import Server, executable, server_name
+from lungseg.worker_setup import ARGUMENT
 
 # Read when Ray is imported. Under `uv run`, Ray would ship the working folder and build a second
 # virtual environment for its workers; ours have the same one already.
@@ -31,6 +32,8 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # That no node can take a task "yet" is told for every task that merely waits.
 os.environ.setdefault("RAY_SCHEDULER_EVENTS", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+# A local Ray would begin with a worker a core, none of which is started as ours are, nor ever used.
+os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 # Ctrl-C must end `lungseg tune` as it ends every verb, not make a result of what is there.
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
@@ -215,7 +218,7 @@ def _start_local(ray: Any) -> None:
     server.taken = True
     for attempt in (1, 2, 3):
         try:
-            with _rays_folder(), _loopback_stays(), _whole_or_nothing():
+            with _rays_folder(), _loopback_stays(), _little_to_start(), _whole_or_nothing():
                 ray.init(
                     address="local",
                     _node_ip_address="127.0.0.1",
@@ -260,12 +263,41 @@ def _loopback_stays() -> Iterator[None]:
     everybody: where the loopback address is asked for, it is meant."""
     from ray._private import services
 
-    resolve = services.resolve_ip_for_localhost
-    services.resolve_ip_for_localhost = lambda host: host
+    with _replaced(services, "resolve_ip_for_localhost", lambda host: host):
+        yield
+
+
+@contextmanager
+def _little_to_start() -> Iterator[None]:
+    """Without those of Ray's processes that serve other nodes, a browser and a terminal: each imports for
+    seconds while the first worker waits for a core. Those that read logs stay where their lines are shown.
+    And workers go straight to our server, not by Ray's setup of them, which imports all of Ray to do so."""
+    from ray._private.node import Node
+    from ray._private.parameter import RayParams
+
+    idle = ["start_monitor", "start_api_server"]
+    if not log("cluster").isEnabledFor(logging.DEBUG):
+        idle.append("start_log_monitor")
+    update = RayParams.update_if_absent
+
+    def with_our_setup(self: RayParams, **absent: Any) -> None:
+        update(self, **absent | ({"setup_worker_path": ARGUMENT} if "setup_worker_path" in absent else {}))
+
+    with ExitStack() as stack:
+        for name in idle:
+            stack.enter_context(_replaced(Node, name, lambda self, **settings: None))
+        stack.enter_context(_replaced(RayParams, "update_if_absent", with_our_setup))
+        yield
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, other: Any) -> Iterator[None]:
+    kept = getattr(owner, name)
+    setattr(owner, name, other)
     try:
         yield
     finally:
-        services.resolve_ip_for_localhost = resolve
+        setattr(owner, name, kept)
 
 
 def run_tasks(

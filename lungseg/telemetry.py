@@ -22,6 +22,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from lungseg.errors import LungsegError
 from lungseg.show import duration
+from lungseg.warm import uncollected
 
 WORKER_METRICS = CollectorRegistry()
 """What each process of a run counts for itself; on export it is labelled by run, trial and rank."""
@@ -210,7 +211,8 @@ def lean_keras() -> Iterator[None]:
     absent = {"matplotlib", "pandas", "sklearn"} - modules.keys()
     modules.update(dict.fromkeys(absent))  # None: as if it were not installed
     try:
-        yield
+        with uncollected():
+            yield
     finally:
         for name in absent:
             del modules[name]

@@ -15,13 +15,14 @@ PACKAGE = ROOT / "lungseg"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # In the order of the chain: a room may import itself and the rooms before it, but for those named.
 ROOMS: dict[str, set[str]] = {
-    "errors": set(),
-    "show": set(),
+    "warm": set(),
+    "worker_setup": set(),
+    "errors": {"warm", "worker_setup"},
+    "show": {"warm", "worker_setup"},
     "config": {"show"},
     "storage": {"show"},
     "telemetry": {"storage"},
     "exporter": {"storage"},
-    "warm": {"errors", "show", "config", "storage", "telemetry", "exporter"},
     "nodes": {"errors", "show", "config", "storage", "telemetry", "exporter"},
     "cluster": {"storage"},
     "scan": {"storage"},

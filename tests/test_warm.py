@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -123,6 +124,18 @@ def test_a_server_ends_with_whoever_began_it_even_by_a_kill() -> None:
     assert not Path(f"/proc/{pid}").exists()
 
 
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_cycle_collector_is_left_as_it_was(enabled: bool) -> None:
+    before = gc.isenabled()
+    (gc.enable if enabled else gc.disable)()
+    with suppress(KeyError), warm.uncollected():
+        assert not gc.isenabled()
+        raise KeyError
+    after = gc.isenabled()
+    (gc.enable if before else gc.disable)()
+    assert after == enabled
+
+
 def test_strangers_are_neither_served_nor_asked(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another user where this one may become it; and another id for our own."""
     if os.getuid() == 0 and (child := os.fork()) == 0:
@@ -150,6 +163,6 @@ def test_the_workers_of_a_local_ray_begin_with_what_was_imported_for_them(ray_cl
         def modules(self) -> list[str]:
             return list(sys.modules)
 
-    assert {"tensorflow", "ray.train", "lungseg.train.loop"} <= set(
-        ray_cluster.get(Worker.remote().modules.remote())
-    )
+    # Not one of the processes that wait for their next task.
+    worker = Worker.options(runtime_env={"env_vars": {"MARK": "new"}}).remote()
+    assert {"tensorflow", "ray.train", "lungseg.train.loop"} <= set(ray_cluster.get(worker.modules.remote()))

@@ -1,18 +1,22 @@
 """NRRD and MetaImage: SimpleITK reads them, once their header says what it would else assume.
 
 Where a spacing is missing or NaN, it takes 1 mm without a word; an NRRD without an anatomical space it puts
-into LPS. Such a header is refused.
+into LPS. Such a header is refused. SimpleITK is imported where it is used: whoever only trains has no need to
+wait for it.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import SimpleITK as sitk  # noqa: N813
 
 from lungseg.errors import DataError, GeometryError
 from lungseg.scan.plausible import Grid
+
+if TYPE_CHECKING:
+    import SimpleITK as sitk  # noqa: N813
 
 READERS = {".nrrd": "NrrdImageIO", ".mha": "MetaImageIO", ".mhd": "MetaImageIO"}
 SPACES = {"left-posterior-superior", "right-anterior-superior", "left-anterior-superior", "lps", "ras", "las"}
@@ -38,11 +42,15 @@ def read_grid(path: Path) -> Grid:
 
 def read_voxels(path: Path) -> np.ndarray:
     """The values [z, y, x]. Raises RuntimeError where SimpleITK fails, also at a file that was cut short."""
+    import SimpleITK as sitk  # noqa: N813
+
     array: np.ndarray = sitk.GetArrayFromImage(_reader(path).Execute())
     return array
 
 
 def _reader(path: Path) -> sitk.ImageFileReader:
+    import SimpleITK as sitk  # noqa: N813
+
     reader = sitk.ImageFileReader()
     # Named, since ITK knows a format by its suffix in small letters only.
     reader.SetImageIO(READERS[path.suffix.lower()])

@@ -14,13 +14,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
-import SimpleITK as sitk  # noqa: N813
 
 from lungseg.errors import DataError, GeometryError
 from lungseg.scan import itk_files, nifti
 from lungseg.scan.plausible import at_right_angles, not_hu, require_spacing
+
+if TYPE_CHECKING:
+    import SimpleITK as sitk  # noqa: N813
 
 AIR_HU = -1024
 SUFFIXES = (*nifti.SUFFIXES, *itk_files.READERS)
@@ -154,6 +157,8 @@ def write_nifti(path: Path, array: np.ndarray, geometry: Geometry) -> None:
     path = Path(path)
     if not path.name.endswith(".nii.gz"):
         raise DataError("mask-suffix", file=path, remedy="name the mask .nii.gz")
+    import SimpleITK as sitk  # noqa: N813
+
     image = to_sitk(array, geometry)
     temporary = path.with_name(f".{os.getpid()}-{path.name}")
     try:
@@ -209,6 +214,8 @@ def require_on(array: np.ndarray, geometry: Geometry) -> None:
 
 def to_sitk(array: np.ndarray, geometry: Geometry) -> sitk.Image:
     """Raises GeometryError("shape-mismatch")."""
+    import SimpleITK as sitk  # noqa: N813
+
     require_on(array, geometry)
     image = sitk.GetImageFromArray(array.view(np.uint8) if array.dtype == bool else array)
     image.SetSpacing(geometry.spacing_mm[::-1])

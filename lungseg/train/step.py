@@ -24,6 +24,7 @@ from lungseg.model.unet import build_unet, by_member, with_probability
 from lungseg.runs.checkpoint import arrays, assign
 from lungseg.stream.patch_stream import Batch
 from lungseg.train.optimizer import Schedule, make_optimizer
+from lungseg.warm import uncollected
 
 _traced = partial(tf.function, autograph=False)
 """Autograph would read and rewrite all code on the way for conditions and loops over tensors. There are none,
@@ -86,7 +87,7 @@ class Stepper:
         self._loss = Loss(recipe.loss)
         keras.utils.set_random_seed(recipe.train.seed)
         self._scaled = keras.mixed_precision.dtype_policy().compute_dtype == "float16"
-        with strategy.scope():
+        with uncollected(), strategy.scope():
             self._trained = self.model = build_unet(recipe.model)
             if recipe.optimizer.ema:
                 self.model = build_unet(recipe.model)
@@ -123,9 +124,12 @@ class Stepper:
 
     def train(self, on_devices: OnDevices) -> Measured:
         """Update the weights once."""
+        if self.graph_seconds:
+            return Measured(*self._train(*on_devices))
         began = time.monotonic()
-        measured = Measured(*self._train(*on_devices))
-        self.graph_seconds = self.graph_seconds or time.monotonic() - began
+        with uncollected():
+            measured = Measured(*self._train(*on_devices))
+        self.graph_seconds = time.monotonic() - began
         return measured
 
     def validate(self, on_devices: OnDevices) -> ValSums:
