@@ -29,7 +29,7 @@ class TrainConfig(Frozen):
     gpus_per_worker: int = Field(0, ge=0, description="of each worker, which must have them; 0 trains on CPU")
     logical_cpu_devices: int = Field(1, ge=1, description="replicas of one CPU worker, to try out mirroring")
     precision: Literal["auto", "float32", "mixed_bfloat16", "mixed_float16"] = Field(
-        "auto", description="auto: bfloat16 where the hardware multiplies it, else float16 on GPUs"
+        "auto", description="auto: bfloat16 where the hardware is faster in it, else float16 on GPUs"
     )
     xla: Literal["auto", "always", "never"] = Field("auto", description="auto: on GPUs; on CPUs it is slower")
     seed: Seed = Field(0, description="of the weights, the order of patches and the augmentation")

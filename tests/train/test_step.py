@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from lungseg.config import load_recipe
 from lungseg.errors import RunError
-from lungseg.model.precision import gpu_precision
+from lungseg.model.precision import cpu_precision, gpu_precision
 from lungseg.stream.patch_stream import Batch
 from lungseg.train.step import Stepper, ValSums
 
@@ -64,6 +64,19 @@ def test_gpus_multiply_in_the_half_precision_that_their_tensor_cores_have(
     capability: tuple[int, int], precision: str
 ) -> None:
     assert gpu_precision(capability) == precision
+
+
+@pytest.mark.parametrize(
+    ("vendor", "flags", "precision"),
+    [
+        ("AuthenticAMD", "avx2 fma", "float32"),
+        ("AuthenticAMD", "avx512f avx512_bf16", "mixed_bfloat16"),
+        ("GenuineIntel", "avx512f avx512_bf16", "float32"),
+        ("GenuineIntel", "avx512f avx512_bf16 amx_bf16", "mixed_bfloat16"),
+    ],
+)
+def test_cpus_compute_in_bfloat16_only_where_that_is_faster(vendor: str, flags: str, precision: str) -> None:
+    assert cpu_precision(f"vendor_id\t: {vendor}\nflags\t\t: fpu {flags}\n") == precision
 
 
 def test_the_average_follows_its_formula_and_is_what_is_published() -> None:
