@@ -1,6 +1,7 @@
 """A training step beside PyTorch's, and what streaming and a second worker cost. One run, one table each.
 
-    uv run python tests/benchmarks/step.py --peer-python peers/bin/python [--rounds 5] [--steps 10]
+    uv run python tests/benchmarks/step.py --peer-python peers/bin/python [--rounds 5] [--steps 10] \
+        [--rows 1 2 3 4 5]
 
 Contestants take turns, each in a new process, so that a slow spell of the machine meets all of them.
 """
@@ -35,9 +36,11 @@ from lungseg.storage import open_store  # noqa: E402
 from lungseg.storage.keys import data_manifest  # noqa: E402
 from lungseg.train.launch import train  # noqa: E402
 
-CONTESTS = ((64, 2, 16, 4), (96, 1, 16, 4), (48, 2, 8, 5), (40, 4, 8, 4), (96, 1, 32, 5))
-"""Voxels of a patch's side, patches, channels of the first level, levels: the defaults, larger patches, and
-the recipe for crops, the demo's, and the recipe for whole scans (one replica's share of it)."""
+CONTESTS = (
+    (64, 2, 16, 4, 1), (96, 1, 16, 4, 1), (48, 2, 8, 5, 2), (40, 4, 8, 4, 1), (96, 1, 32, 5, 1),
+)  # fmt: skip
+"""Voxels of a patch's side, patches, channels of the first level, levels, lungseg's replicas: the defaults,
+larger patches, and the recipe for crops, the demo's, and the recipe for whole scans (one replica's share)."""
 PRECISIONS, PAIR = ("float32", "bfloat16"), ("lungseg", "torch")
 
 
@@ -50,12 +53,13 @@ def measure(python: str, name: str, contest: tuple[int, ...], precision: str, st
     return statistics.median(json.loads(done.stdout.splitlines()[-1]))
 
 
-def compare(peer_python: str, rounds: int, steps: int) -> None:
+def compare(peer_python: str, rounds: int, steps: int, rows: list[int]) -> None:
     """Each contest in both precisions, then both contestants in the precision that is faster for each."""
-    print("| patches | width | levels | precision | lungseg s | PyTorch s | ratio | share of the peak |")
-    print("|---|--:|--:|---|--:|--:|--:|--:|", flush=True)
-    for contest in CONTESTS:
-        side, batch, width, depth = contest
+    titles = ("patches", "width", "levels", "replicas", "precision", "lungseg s", "PyTorch s", "ratio")
+    print(f"| {' | '.join(titles)} | share of the peak |")
+    print("|---|--:|--:|--:|---|--:|--:|--:|--:|", flush=True)
+    for contest in (CONTESTS[row - 1] for row in rows):
+        side, batch, width, depth, replicas = contest
         seconds: dict[tuple[str, str], list[float]] = {}
         for _ in range(rounds):
             for name, precision in product(("lungseg", "torch", "peak"), PRECISIONS):
@@ -69,11 +73,11 @@ def compare(peer_python: str, rounds: int, steps: int) -> None:
             ratios = [a / b for a, b in zip(found, peer, strict=True)]
             rate = 2 * 27 * 32 * 32 * batch * (side // 2) ** 3 / statistics.median(seconds["peak", ours])
             print(
-                f"| {batch} x {side}^3 | {width} | {depth} "
+                f"| {batch} x {side}^3 | {width} | {depth} | {replicas} "
                 f"| {ours if ours == theirs else f'fastest: {ours}, {theirs}'} "
                 f"| {statistics.median(found):.3f} | {statistics.median(peer):.3f} "
                 f"| {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) "
-                f"| {flops(*contest) / statistics.median(found) / rate:.0%} |",
+                f"| {flops(*contest[:4]) / statistics.median(found) / rate:.0%} |",
                 flush=True,
             )
 
@@ -135,9 +139,11 @@ def main() -> None:
     parser.add_argument("--peer-python", required=True, help="of an environment with torch and monai")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=10)
+    every = range(1, len(CONTESTS) + 1)
+    parser.add_argument("--rows", type=int, nargs="+", choices=every, default=list(every))
     options = parser.parse_args()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    compare(options.peer_python, options.rounds, options.steps)
+    compare(options.peer_python, options.rounds, options.steps, options.rows)
     stream_and_workers(max(1, options.rounds // 2))
 
 

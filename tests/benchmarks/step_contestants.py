@@ -1,10 +1,11 @@
 """One contestant of `step.py` in a process of its own: prints the seconds of each of its training steps.
 
-    python step_contestants.py lungseg|torch|peak SIDE BATCH WIDTH DEPTH float32|bfloat16 STEPS
+    python step_contestants.py lungseg|torch|peak SIDE BATCH WIDTH DEPTH REPLICAS float32|bfloat16 STEPS
 
 Run by the interpreter that has the contestant's framework. Both train the same plain U-Net (DEPTH levels,
 WIDTH channels at the first and twice as many at each next, strided convolutions down, instance norm, leaky
-ReLU) on Dice and cross-entropy with AdamW and clipped gradients, without augmentation, on two threads.
+ReLU) on Dice and cross-entropy with AdamW and clipped gradients, without augmentation, on two threads,
+lungseg in so many replicas.
 "peak" is one convolution. All take the GPU that they see, if there is one.
 """
 
@@ -34,7 +35,9 @@ def patches(side: int, batch: int) -> tuple[np.ndarray, np.ndarray]:
     return (np.where(mask, 0, -800) + random.normal(0, 60, mask.shape)).astype(np.int16), mask
 
 
-def lungseg(side: int, batch: int, width: int, depth: int, precision: str) -> Callable[[], float]:
+def lungseg(
+    side: int, batch: int, width: int, depth: int, replicas: int, precision: str
+) -> Callable[[], float]:
     import tensorflow as tf
 
     from lungseg.config import load_recipe
@@ -47,6 +50,7 @@ def lungseg(side: int, batch: int, width: int, depth: int, precision: str) -> Ca
     recipe = load_recipe(None, [
         f"model.width={width}", f"model.depth={depth}", "model.downsampling=stride",
         f"train.global_batch={batch}", f"train.precision={policy}", *PLAIN,
+        f"train.logical_cpu_devices={replicas}",
         f"train.gpus_per_worker={len(tf.config.list_physical_devices('GPU'))}",
     ])  # fmt: skip
     strategy = make_strategy(recipe, 1, THREADS)
@@ -56,7 +60,9 @@ def lungseg(side: int, batch: int, width: int, depth: int, precision: str) -> Ca
     return lambda: float(stepper.train(stepper.distribute(Batch(0, 0, image_hu, mask))).loss)
 
 
-def torch(side: int, batch: int, width: int, depth: int, precision: str) -> Callable[[], float]:
+def torch(
+    side: int, batch: int, width: int, depth: int, replicas: int, precision: str
+) -> Callable[[], float]:
     import torch
     from monai.losses import DiceCELoss
     from monai.networks.nets import DynUNet
@@ -87,7 +93,7 @@ def torch(side: int, batch: int, width: int, depth: int, precision: str) -> Call
     return step
 
 
-def peak(side: int, batch: int, width: int, depth: int, precision: str) -> Callable[[], float]:
+def peak(side: int, batch: int, width: int, depth: int, replicas: int, precision: str) -> Callable[[], float]:
     """A convolution of 32 to 32 channels, which these kernels like best."""
     import tensorflow as tf
 
