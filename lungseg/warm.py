@@ -43,7 +43,7 @@ _GPUS = ("/dev/nvidia", "/dev/kfd", "/dev/dri")
 @contextmanager
 def uncollected() -> Iterator[None]:
     """For imports and the tracing of graphs, which make many objects and drop few: the cycle collector looks
-    through them all time and again, and takes a seventh of the time or more."""
+    through them all time and again, and takes about a seventh of the time."""
     enabled = gc.isenabled()
     gc.disable()
     try:
