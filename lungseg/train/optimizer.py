@@ -42,6 +42,9 @@ def rate_at(step: int, recipe: Recipe, steps_per_pass: int) -> float:
     return float(Schedule(recipe.optimizer, recipe.train.global_batch, total)(step))
 
 
+Common = dict[str, tf.Tensor]
+
+
 class _OfSums(keras.optimizers.Optimizer):
     """Where both optimisers depart from Keras."""
 
@@ -52,35 +55,50 @@ class _OfSums(keras.optimizers.Optimizer):
     def _apply_weight_decay(self, variables: list[Any]) -> None:
         """Left to `update_step`, which is given the rate: here Keras traces the schedule for each weight."""
 
-    def update_step(self, gradient: tf.Tensor, variable: tf.Variable, learning_rate: tf.Tensor) -> None:
+    def _backend_update_step(
+        self, gradients: list[Any], weights: list[Any], learning_rate: tf.Tensor
+    ) -> None:
+        """What all weights have in common is computed once, and comes to each in place of the rate."""
+        super()._backend_update_step(gradients, weights, self._common(learning_rate))
+
+    def _common(self, learning_rate: tf.Tensor) -> Common:
+        return {"rate": learning_rate, "decay": learning_rate * self.weight_decay}
+
+    def _decay(self, variable: tf.Variable, common: Common) -> None:
         if self._use_weight_decay(variable):
-            variable.assign_sub(variable * self.weight_decay * learning_rate)
-        super().update_step(gradient, variable, learning_rate)
+            variable.assign_sub(variable * common["decay"])
 
 
-class _FusedAdam(keras.optimizers.AdamW):
-    def update_step(self, gradient: tf.Tensor, variable: tf.Variable, learning_rate: tf.Tensor) -> None:
-        """TensorFlow's kernel for the formula that Keras writes down in 35 operations a weight."""
-        number = self._get_variable_index(variable)
+class _AdamW(_OfSums, keras.optimizers.AdamW):
+    def _common(self, learning_rate: tf.Tensor) -> Common:
         step = tf.cast(self.iterations + 1, tf.float32)
+        return {
+            **super()._common(learning_rate),
+            "beta1": tf.constant(self.beta_1),
+            "beta2": tf.constant(self.beta_2),
+            "beta1_power": tf.pow(self.beta_1, step),
+            "beta2_power": tf.pow(self.beta_2, step),
+            "epsilon": tf.constant(self.epsilon),
+        }
+
+    def update_step(self, gradient: tf.Tensor, variable: tf.Variable, common: Common) -> None:
+        """TensorFlow's kernel for the formula that Keras writes down in 35 operations a weight."""
+        self._decay(variable, common)
+        number = self._get_variable_index(variable)
         tf.raw_ops.ResourceApplyAdam(
             var=variable.handle,
             m=self._momentums[number].value.handle,
             v=self._velocities[number].value.handle,
-            beta1_power=tf.pow(self.beta_1, step),
-            beta2_power=tf.pow(self.beta_2, step),
-            lr=learning_rate,
-            beta1=self.beta_1,
-            beta2=self.beta_2,
-            epsilon=self.epsilon,
+            lr=common["rate"],
             grad=gradient,
+            **{name: common[name] for name in common.keys() - {"rate", "decay"}},
         )
 
 
-class _AdamW(_OfSums, _FusedAdam): ...
-
-
-class _Sgd(_OfSums, keras.optimizers.SGD): ...
+class _Sgd(_OfSums, keras.optimizers.SGD):
+    def update_step(self, gradient: tf.Tensor, variable: tf.Variable, common: Common) -> None:
+        self._decay(variable, common)
+        super().update_step(gradient, variable, common["rate"])
 
 
 def make_optimizer(config: OptimizerConfig, schedule: Schedule, *, scale_loss: bool) -> Any:

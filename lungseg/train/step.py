@@ -6,6 +6,7 @@ replicas hold equal weights and the result does not depend on how many there are
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import astuple, dataclass
@@ -26,6 +27,7 @@ from lungseg.stream.patch_stream import Batch
 from lungseg.train.optimizer import Schedule, make_optimizer
 from lungseg.warm import uncollected
 
+Tensors = list[tf.Tensor]
 _traced = partial(tf.function, autograph=False)
 """Autograph would read and rewrite all code on the way for conditions and loops over tensors. There are none,
 but it takes half of the CPU time that a first step does."""
@@ -73,6 +75,14 @@ class Measured(NamedTuple):
     gradient_norm: tf.Tensor
 
 
+class _Graphs(NamedTuple):
+    """What a replica computes by itself. Traced once: a replica would trace each anew for its device."""
+
+    augmented: Callable[..., Any]
+    loss_and_gradient: Callable[..., Any]
+    clipped: Callable[..., Any]
+
+
 class Stepper:
     """Networks and optimiser under a strategy. `step` counts optimiser updates from 0.
 
@@ -99,10 +109,9 @@ class Stepper:
         config, shared = recipe.train, self._loss.of_batch and strategy.num_replicas_in_sync > 1
         xla = config.xla == "always" or (config.xla == "auto" and config.gpus_per_worker > 0)
         # Replicas that share a loss meet between measuring and the gradient, and XLA compiles no meeting.
-        self._total = over_replicas if shared else tf.identity
-        self._measured = _traced(self._measure, jit_compile=xla) if shared else self._measure
-        compiled = _traced(self._loss_and_gradients, jit_compile=xla)
-        self._gradients = self._loss_and_gradients if shared else compiled
+        self._total = over_replicas if shared else None
+        compiled = self._measure if shared else partial(self._loss_and_gradient, self._measure)
+        self._compiled = _traced(compiled, jit_compile=xla)
 
     def distribute(self, batch: Batch) -> OnDevices:
         """This worker's rows, dealt out to its replicas in their order."""
@@ -178,7 +187,9 @@ class Stepper:
 
     @_traced
     def _train(self, image: Any, mask: Any, rows: Any, step: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        measured = self.strategy.run(self._replica, (image, mask, rows, step))
+        first = [self.strategy.experimental_local_results(one)[0] for one in (image, mask, rows)]
+        replica = partial(self._replica, self._graphs(*first, step))
+        measured = self.strategy.run(replica, (image, mask, rows, step))
         if self.model is not self._trained:
             self._average(step)
         total = tf.distribute.ReduceOp.SUM
@@ -186,64 +197,108 @@ class Stepper:
         norm = self.strategy.experimental_local_results(measured[1])[0]
         return self.strategy.reduce(total, measured[0], axis=None), norm
 
+    def _graphs(self, *of_one_replica: tf.Tensor) -> _Graphs:
+        augmented = self._augmented.get_concrete_function(*of_one_replica)
+        weights, state = map(_specs, _variables(self._trained))
+        scale = tf.TensorSpec([], tf.float32)
+        arguments = [*augmented.structured_outputs, weights, state]
+        if self._total:
+            measure = self._compiled.get_concrete_function(*arguments)
+            loss = partial(self._loss_and_gradient, measure)
+        else:
+            loss = self._compiled.get_concrete_function(*arguments, scale)
+        gradient = tf.TensorSpec([sum(one.shape.num_elements() for one in weights)], tf.float32)
+        return _Graphs(augmented, loss, self._clipped.get_concrete_function(gradient, scale))
+
     def _replica(
+        self, graphs: _Graphs, image: tf.Tensor, mask: tf.Tensor, rows: tf.Tensor, step: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        hu, target = graphs.augmented(image, mask, rows, step)
+        scale = self.optimizer.scale_loss(tf.constant(1.0)) if self._scaled else tf.constant(1.0)
+        weights, state = map(_values, _variables(self._trained))
+        loss, gradient, state = graphs.loss_and_gradient(hu, target, weights, state, scale)
+        for variable, value in zip(self._trained.non_trainable_variables, state, strict=True):
+            variable.assign(value)
+        context = tf.distribute.get_replica_context()
+        gradients, norm = graphs.clipped(context.all_reduce(tf.distribute.ReduceOp.SUM, gradient), scale)
+        self.optimizer.apply(gradients, self._trained.trainable_variables)
+        return loss, norm / scale
+
+    @_traced
+    def _augmented(
         self, image: tf.Tensor, mask: tf.Tensor, rows: tf.Tensor, step: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor]:
         recipe = self._recipe
         hu, target = tf.cast(image, tf.float32)[..., tf.newaxis], mask[..., tf.newaxis]
-        hu, target = augment(
-            hu, target, recipe.augment, recipe.model.hu_window, recipe.train.seed, step, rows
-        )
-        scale = self.optimizer.scale_loss(tf.constant(1.0)) if self._scaled else tf.constant(1.0)
-        loss, gradients = self._gradients(hu, target, scale)
-        context = tf.distribute.get_replica_context()
-        gradients = context.all_reduce(tf.distribute.ReduceOp.SUM, gradients)
-        gradients, norm = tf.clip_by_global_norm(gradients, recipe.optimizer.clip_norm * scale)
-        self.optimizer.apply(gradients, self._trained.trainable_variables)
-        return loss, norm / scale
+        return augment(hu, target, recipe.augment, recipe.model.hu_window, recipe.train.seed, step, rows)
 
-    def _loss_and_gradients(
-        self, hu: tf.Tensor, mask: tf.Tensor, scale: tf.Tensor
-    ) -> tuple[tf.Tensor, list[tf.Tensor]]:
-        """This replica's part of the mean over the global batch and an ensemble's members; the gradients
-        times `scale`, of each member's loss as if it were alone."""
+    def _loss_and_gradient(
+        self,
+        measure: Callable[..., Any],
+        hu: tf.Tensor,
+        mask: tf.Tensor,
+        weights: Tensors,
+        state: Tensors,
+        scale: tf.Tensor,
+    ) -> tuple[tf.Tensor, tf.Tensor, Tensors]:
+        """This replica's part of the mean over the global batch and an ensemble's members; the gradient of
+        all weights in a row, times `scale`, of each member's loss as if it were alone; what the network's
+        other variables become."""
         with tf.GradientTape() as tape:
-            losses = over_levels(self._loss.value(self._measured(hu, mask), self._total))
+            tape.watch(weights)
+            measured, state = measure(hu, mask, weights, state)
+            losses = over_levels(self._loss.value(measured, self._total or tf.identity))
             loss = tf.reduce_sum(losses) / self._recipe.train.global_batch
             scaled = loss * scale
-        return loss / self._recipe.model.members, tape.gradient(
-            scaled, [v.value for v in self._trained.trainable_variables]
-        )
+        gradient = tf.concat([tf.reshape(one, [-1]) for one in tape.gradient(scaled, weights)], 0)
+        return loss / self._recipe.model.members, gradient, state
 
-    def _measure(self, hu: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
+    @_traced
+    def _clipped(self, gradient: tf.Tensor, scale: tf.Tensor) -> tuple[Tensors, tf.Tensor]:
+        """The summed gradient clipped, for each weight its own, and its norm."""
+        [clipped], norm = tf.clip_by_global_norm([gradient], self._recipe.optimizer.clip_norm * scale)
+        shapes = [weight.shape for weight in self._trained.trainable_variables]
+        parts = tf.split(clipped, [math.prod(shape) for shape in shapes])
+        return [tf.reshape(part, shape) for part, shape in zip(parts, shapes, strict=True)], norm
+
+    def _measure(
+        self, hu: tf.Tensor, mask: tf.Tensor, weights: Tensors, state: Tensors
+    ) -> tuple[tf.Tensor, Tensors]:
         """float32 [members, levels, n, 4]: see Loss.measure."""
-        members = by_member(self._trained(hu, training=True), self._recipe.model)
-        return tf.stack([self._loss.supervise(outputs, mask) for outputs in members])
+        outputs, state = self._trained.stateless_call(weights, state, hu, training=True)
+        members = by_member(outputs, self._recipe.model)
+        return tf.stack([self._loss.supervise(outputs, mask) for outputs in members]), state
 
     def _average(self, step: tf.Tensor) -> None:
         """Move the average towards the weights; faster at first, when they are far from any good."""
         done = tf.cast(step, tf.float32)
-        decay = tf.minimum(self._recipe.optimizer.ema, (1 + done) / (10 + done))
+        share = 1 - tf.minimum(self._recipe.optimizer.ema, (1 + done) / (10 + done))
         for average, now in zip(self.model.weights, self._trained.weights, strict=True):
             self.strategy.extended.update(
-                average.value, lambda a, w: a.assign_add((1 - decay) * (w - a)), args=(now.value,)
+                average.value, lambda a, w: a.assign_add(share * (w - a)), args=(now.value,), group=False
             )
 
     @_traced
-    def _validate(self, image: Any, mask: Any) -> list[tf.Tensor]:
-        def replica(image: tf.Tensor, mask: tf.Tensor) -> tuple[tf.Tensor, ...]:
-            probability = self._probability(tf.cast(image, tf.float32)[..., tf.newaxis], training=False)
-            target, weight = target_and_weight(mask[..., tf.newaxis])
-            predicted = tf.cast(probability > 0.5, tf.float32) * weight
-            hit, found, wanted = (
-                tf.reduce_sum(one, [1, 2, 3, 4]) for one in (predicted * target, predicted, target)
-            )
-            holds = tf.cast(wanted > 0, tf.float32)
-            dices = holds * tf.math.divide_no_nan(2 * hit, found + wanted)
-            return tuple(tf.reduce_sum(one) for one in (hit, found, wanted, dices, holds))
-
-        sums = self.strategy.run(replica, (image, mask))
+    def _validate(self, image: Any, mask: Any) -> Tensors:
+        first = [self.strategy.experimental_local_results(one)[0] for one in (image, mask)]
+        variables = _variables(self._probability)
+        added = self._added.get_concrete_function(*first, *map(_specs, variables))
+        sums = self.strategy.run(lambda *batch: added(*batch, *map(_values, variables)), (image, mask))
         return [self.strategy.reduce(tf.distribute.ReduceOp.SUM, one, axis=None) for one in sums]
+
+    @_traced
+    def _added(self, image: tf.Tensor, mask: tf.Tensor, weights: Tensors, state: Tensors) -> Tensors:
+        """The fields of `ValSums` for the patches at hand."""
+        hu = tf.cast(image, tf.float32)[..., tf.newaxis]
+        probability, _ = self._probability.stateless_call(weights, state, hu, training=False)
+        target, weight = target_and_weight(mask[..., tf.newaxis])
+        predicted = tf.cast(probability > 0.5, tf.float32) * weight
+        hit, found, wanted = (
+            tf.reduce_sum(one, [1, 2, 3, 4]) for one in (predicted * target, predicted, target)
+        )
+        holds = tf.cast(wanted > 0, tf.float32)
+        dices = holds * tf.math.divide_no_nan(2 * hit, found + wanted)
+        return [tf.reduce_sum(one) for one in (hit, found, wanted, dices, holds)]
 
 
 @tf.custom_gradient
@@ -253,6 +308,19 @@ def over_replicas(mine: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.
     context = tf.distribute.get_replica_context()
     everywhere = context.all_reduce(tf.distribute.ReduceOp.SUM, mine)
     return everywhere, lambda upstream: upstream * context.num_replicas_in_sync
+
+
+def _variables(model: keras.Model) -> tuple[list[Any], list[Any]]:
+    return model.trainable_variables, model.non_trainable_variables
+
+
+def _values(variables: list[Any]) -> Tensors:
+    """This replica's."""
+    return [tf.convert_to_tensor(variable.value) for variable in variables]
+
+
+def _specs(variables: list[Any]) -> list[tf.TensorSpec]:
+    return [tf.TensorSpec(variable.shape, variable.dtype) for variable in variables]
 
 
 def _workers(strategy: tf.distribute.Strategy) -> int:

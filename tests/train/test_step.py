@@ -130,7 +130,7 @@ def test_a_step_is_a_small_graph() -> None:
     train(one, range(1))
     (traced,) = one._train._list_all_concrete_functions()  # type: ignore[attr-defined]
     graph = traced.graph.as_graph_def()
-    assert len(graph.node) + sum(len(function.node_def) for function in graph.library.function) < 2800
+    assert len(graph.node) + sum(len(function.node_def) for function in graph.library.function) < 2000
 
 
 def test_an_ensemble_is_validated_by_the_mean_of_its_members() -> None:
