@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -16,10 +17,10 @@ from lungseg.dataset.stored_scans import StoredScan, StoredScanEntry
 from lungseg.evaluate.bootstrap import FEW_PATIENTS
 from lungseg.evaluate.choosing import By, Choices, Masking, Pick, Ranking, Tried, choose
 from lungseg.evaluate.froc import Hits
-from lungseg.evaluate.kept import Prediction
+from lungseg.evaluate.kept import Prediction, Turn
 from lungseg.evaluate.marks import candidate_hits
 from lungseg.evaluate.matching import overlap
-from lungseg.evaluate.scans import HeldOut, Member, Refuse, Turn, held_out, load_networks, run_scans
+from lungseg.evaluate.scans import HeldOut, Member, Refuse, held_out, load_networks, run_scans
 from lungseg.runs.ensemble import Ensemble
 from lungseg.runs.post import Post, record_post
 from lungseg.show import table
@@ -45,7 +46,7 @@ class Trying:
     def _entry(self) -> StoredScanEntry:
         return next(iter(self.scans.values())).entry
 
-    def run(self, turn: Turn = lambda predict: predict) -> Tried:
+    def run(self, turn: Turn = nullcontext) -> Tried:
         hits: dict[Ranking, Hits] = {}
         masks: dict[Masking, tuple[int, int]] = {}
         nodules = 0

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property
 
@@ -30,6 +31,8 @@ from lungseg.storage import Store, keys
 
 FORMAT = 1
 Box = tuple[slice, ...]
+Turn = Callable[[Predictor], AbstractContextManager[Predictor]]
+"""Waits until a network may be asked about a scan, and gives it as it is to be asked."""
 
 
 @dataclass(frozen=True)
@@ -71,15 +74,20 @@ def subject(model: Published, split: str) -> str:
 
 
 def kept_prediction(
-    store: Store, entry: StoredScanEntry, model: Published, split: str, predict: Predictor
+    store: Store,
+    entry: StoredScanEntry,
+    model: Published,
+    split: str,
+    predict: Predictor,
+    turn: Turn = nullcontext,
 ) -> Prediction:
-    """What `predict` says of the scan, or said before of the same scan by the same settings."""
+    """What `predict` says of the scan in its turn, or said before of the same scan by the same settings."""
     prefix = _prefix(entry, model, split)
     for item in store.find(prefix):
         data = store.get(item.key)
         if item.key == _key(prefix, data):  # else it is damaged, and made anew
             return _unpack(data)
-    made = predict_scan(read_scan(store, entry).volume, predict, model.recipe)
+    made = predict_scan(read_scan(store, entry).volume, predict, model.recipe, turn)
     keep(store, entry, model, split, made)
     return made
 
@@ -102,13 +110,13 @@ def _prefix(entry: StoredScanEntry, model: Published, split: str) -> str:
     return keys.probabilities(keys.run_root(model.run), subject(model, split), stem)
 
 
-def predict_scan(working: Volume, predict: Predictor, recipe: Recipe) -> Prediction:
+def predict_scan(working: Volume, predict: Predictor, recipe: Recipe, turn: Turn) -> Prediction:
     """`working` is the scan on the grid of the data set, `recipe.data.spacing_mm`."""
     lungs = lung_mask(working)
     found = lungs if lungs.any() else None
-    probability = predict_volume(
-        predict, working.volume_hu, recipe.segment, lungs=found, multiple=recipe.model.total_stride
-    )
+    stride = recipe.model.total_stride
+    with turn(predict) as asked:
+        probability = predict_volume(asked, working.volume_hu, recipe.segment, lungs=found, multiple=stride)
     return _cropped(probability, found, working.geometry)
 
 

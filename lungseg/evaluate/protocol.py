@@ -4,6 +4,7 @@ of them all."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,11 +15,12 @@ from lungseg.config import SegmentConfig
 from lungseg.errors import DataError
 from lungseg.evaluate.baseline import baseline_figures
 from lungseg.evaluate.case import CaseResult, evaluate_case, mean_or_none
+from lungseg.evaluate.kept import Turn
 from lungseg.evaluate.outputs import tables
 from lungseg.evaluate.page import render
 from lungseg.evaluate.pictures import worst_nodules
 from lungseg.evaluate.report import SCHEMA_VERSION, as_text, to_strict_json, write_files
-from lungseg.evaluate.scans import HeldOut, Member, Refuse, Turn, held_out, run_scans
+from lungseg.evaluate.scans import HeldOut, Member, Refuse, held_out, run_scans
 from lungseg.evaluate.summary import summary_tree
 from lungseg.runs.ensemble import Ensemble
 from lungseg.runs.post import Post
@@ -52,7 +54,7 @@ class Scoring:
     def case_id(self) -> str:
         return self.scan.entry.case_id
 
-    def run(self, turn: Turn = lambda predict: predict) -> Scored:
+    def run(self, turn: Turn = nullcontext) -> Scored:
         stored, prediction = self.scan.look(turn)
         entry = self.scan.entry
         result = evaluate_case(stored, prediction, self.config, entry.case_id, entry.patient)

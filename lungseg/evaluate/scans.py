@@ -6,8 +6,9 @@ needs no network. On a cluster the tasks are Ray's, each with a GPU where there 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from threading import Lock
 from typing import Any, Protocol, TypeVar
@@ -18,7 +19,7 @@ from lungseg.cluster import on_a_cluster, run_tasks
 from lungseg.dataset.manifest import Manifest, load_manifest
 from lungseg.dataset.stored_scans import StoredScan, StoredScanEntry, read_scan
 from lungseg.errors import DataError, GeometryError, LungsegError
-from lungseg.evaluate.kept import Prediction, all_kept, kept_prediction, mean_prediction
+from lungseg.evaluate.kept import Prediction, Turn, all_kept, kept_prediction, mean_prediction
 from lungseg.runs.ensemble import Ensemble, load_ensemble
 from lungseg.runs.fit import require_same_scans, require_same_splits
 from lungseg.runs.run import Published, load_run_data
@@ -32,7 +33,6 @@ SCAN_BYTES = 3 << 30
 AT_ONCE = 2
 """Scans in this process: while the network sees one, another is scored."""
 Refuse = Callable[[str, LungsegError], None]
-Turn = Callable[[Predictor], Predictor]
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
@@ -106,10 +106,10 @@ class HeldOut:
         """On the grid on which the mean is formed."""
         return self.asked[0][1]
 
-    def look(self, turn: Turn = lambda predict: predict) -> tuple[StoredScan, Prediction]:
+    def look(self, turn: Turn = nullcontext) -> tuple[StoredScan, Prediction]:
         """The scan, and what the networks say of it in the mean. Raises what reading it raises."""
         said = [
-            kept_prediction(self.store, entry, one.model, self.split, turn(one.predict))
+            kept_prediction(self.store, entry, one.model, self.split, one.predict, turn)
             for one, entry in self.asked
         ]
         stored = read_scan(self.store, self.entry)
@@ -191,27 +191,28 @@ def _in_threads(tasks: Sequence[Task[T]], progress: Progress, tell: Callable[[An
 
 
 class _Turns:
-    """Lets several threads ask networks one after another; after a failure nobody may."""
+    """Lets several threads ask networks, about one scan after another; after a failure nobody may."""
 
     def __init__(self) -> None:
         self._turn = Lock()
         self.failure: BaseException | None = None
 
-    def __call__(self, predict: Predictor) -> Predictor:
-        def in_turn(volume_hu: np.ndarray) -> np.ndarray:
-            with self._turn:
-                if self.failure:
-                    raise CancelledError
-                try:
-                    return predict(volume_hu)
-                except BaseException as error:
-                    self.failure = error
-                    raise
+    @contextmanager
+    def __call__(self, predict: Predictor) -> Iterator[Predictor]:
+        def until_failure(volume_hu: np.ndarray) -> np.ndarray:
+            if self.failure:
+                raise CancelledError
+            try:
+                return predict(volume_hu)
+            except BaseException as error:
+                self.failure = self.failure or error
+                raise
 
-        return in_turn
+        with self._turn:
+            yield until_failure
 
 
-def _attempt(task: Task[T], turn: Turn = lambda predict: predict) -> T | Broken:
+def _attempt(task: Task[T], turn: Turn = nullcontext) -> T | Broken:
     """The error is returned, so that the others go on."""
     try:
         return task.run(turn)
