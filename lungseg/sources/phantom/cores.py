@@ -7,6 +7,7 @@ import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from importlib import import_module
 from multiprocessing import get_context
 from typing import Any, TypeVar
 
@@ -24,7 +25,7 @@ def on_all_cores(
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     workers = max(1, min(len(os.sched_getaffinity(0)), memory // 2 // bytes_each))
     under_way: deque[Future[Result]] = deque()
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker)
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (work.__module__,))
     try:
         for job in jobs:
             under_way.append(pool.submit(work, *job))
@@ -36,7 +37,9 @@ def on_all_cores(
         pool.shutdown(cancel_futures=True)
 
 
-def _start_worker() -> None:
-    """Ctrl-C is the parent's; and as each core has a worker, NumPy's threads would be too many."""
+def _start_worker(module: str) -> None:
+    """Ctrl-C is the parent's; and as each core has a worker, NumPy's threads would be too many. Only those of
+    libraries that are there already can be limited."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    import_module(module)
     threadpool_limits(1)
