@@ -27,7 +27,7 @@ class TrainConfig(Frozen):
     workers: int = Field(1, ge=1, description="Ray Train workers, one a node")
     cpus_per_worker: int | None = Field(None, ge=1, description="default: all cores of the smallest node")
     gpus_per_worker: int = Field(0, ge=0, description="of each worker, which must have them; 0 trains on CPU")
-    logical_cpu_devices: int = Field(1, ge=1, description="replicas of one CPU worker, to try out mirroring")
+    logical_cpu_devices: int = Field(1, ge=1, description="replicas of one CPU worker; one a core is faster")
     precision: Literal["auto", "float32", "mixed_bfloat16", "mixed_float16"] = Field(
         "auto", description="auto: bfloat16 where the hardware is faster in it, else float16 on GPUs"
     )
