@@ -17,6 +17,7 @@ from lungseg.model.unet import build_unet, with_probability
 from lungseg.runs.checkpoint import Checkpoints, assign
 from lungseg.runs.run import Published, load_published
 from lungseg.storage import Store, keys
+from lungseg.warm import uncollected
 
 
 @dataclass(frozen=True, eq=False)  # each is itself: a recipe has no hash
@@ -34,7 +35,8 @@ class BestModel:
 
     @tf.function(reduce_retracing=True, autograph=False)
     def _graph(self, volume_hu: tf.Tensor) -> tf.Tensor:
-        return self.network(volume_hu, training=False)
+        with uncollected():
+            return self.network(volume_hu, training=False)
 
 
 def load_best(store: Store, run: str) -> BestModel:

@@ -290,7 +290,8 @@ class Stepper:
     def _added(self, image: tf.Tensor, mask: tf.Tensor, weights: Tensors, state: Tensors) -> Tensors:
         """The fields of `ValSums` for the patches at hand."""
         hu = tf.cast(image, tf.float32)[..., tf.newaxis]
-        probability, _ = self._probability.stateless_call(weights, state, hu, training=False)
+        with uncollected():
+            probability, _ = self._probability.stateless_call(weights, state, hu, training=False)
         target, weight = target_and_weight(mask[..., tf.newaxis])
         predicted = tf.cast(probability > 0.5, tf.float32) * weight
         hit, found, wanted = (
