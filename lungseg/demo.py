@@ -48,11 +48,11 @@ def demo_recipe() -> Recipe:
             "model": {"width": 8, "depth": 4},
             # On two cores two replicas take a fifth less time than one on both.
             "train": {
-                "epochs": 6,
-                "steps_per_epoch": 65,
+                "epochs": 4,
+                "steps_per_epoch": 98,
                 "global_batch": 4,
                 "logical_cpu_devices": 2,
-                "patience_epochs": 6,
+                "patience_epochs": 4,
             },
             "optimizer": {"learning_rate": 2e-3, "warmup_steps": 20},
             "segment": {"window_zyx": [96, 96, 96]},
