@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Sequence
 from logging import DEBUG
@@ -85,6 +86,9 @@ def fit(
 
     resources = resources or worker_resources(recipe.train, ray.nodes())
     exporter, source = start_exporter(recipe.telemetry), source_of(root)
+    # How often the controller asks its workers, by default every two seconds: it hears so much later that
+    # they are done, or dead.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     with (
         tempfile.TemporaryDirectory(prefix="lungseg-ray-", ignore_cleanup_errors=True) as scratch,
         pushing(exporter, source, GROUP_METRICS, recipe.telemetry.push_seconds),
