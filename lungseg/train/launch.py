@@ -86,9 +86,6 @@ def fit(
 
     resources = resources or worker_resources(recipe.train, ray.nodes())
     exporter, source = start_exporter(recipe.telemetry), source_of(root)
-    # How often the controller asks its workers, by default every two seconds: it hears so much later that
-    # they are done, or dead.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     with (
         tempfile.TemporaryDirectory(prefix="lungseg-ray-", ignore_cleanup_errors=True) as scratch,
         pushing(exporter, source, GROUP_METRICS, recipe.telemetry.push_seconds),
@@ -159,6 +156,10 @@ def _trainer_class() -> Any:
     from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
     from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+    # How often the controller asks its workers, by default every two seconds: it hears so much later that
+    # they are done, or dead.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
 
     idle = DatasetsCallback | PlacementGroupCleanerCallback
 
