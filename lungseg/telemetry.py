@@ -209,12 +209,14 @@ def lean_keras() -> Iterator[None]:
     """For the first import of Keras, which takes matplotlib, pandas and scikit-learn along wherever they are
     installed, for functions that nothing here calls. Whoever needs them imports them later."""
     modules: dict[str, Any] = sys.modules
+    first = "keras" not in modules  # later blocks load networks, which do not stay
     absent = {"matplotlib", "pandas", "sklearn"} - modules.keys()
     modules.update(dict.fromkeys(absent))  # None: as if it were not installed
     try:
         with uncollected():
             yield
-        gc.freeze()  # modules stay: to look through them for cycles takes a quarter of a second each time
+        if first:
+            gc.freeze()  # modules stay: to look through them for cycles takes a quarter of a second each time
     finally:
         for name in absent:
             del modules[name]

@@ -151,6 +151,23 @@ with lean_keras():
     ]
 
 
+def test_a_network_that_is_loaded_when_keras_is_there_and_dropped_leaves_no_memory_behind() -> None:
+    code = """
+import gc, sys, types, weakref
+from lungseg.telemetry import lean_keras
+sys.modules["keras"] = types.ModuleType("keras")
+class Network: pass
+with lean_keras():
+    one = Network()
+    one.itself = one
+known = weakref.ref(one)
+del one
+gc.collect()
+print(known())
+"""
+    assert run(code).stdout == "None\n"
+
+
 def test_a_wait_is_one_line_in_a_log_and_none_if_it_is_short() -> None:
     assert run(WAITS.format(2.5)).stderr == "starting Ray, about 9 s\n"
     assert run(WAITS.format(0.1)).stderr == ""

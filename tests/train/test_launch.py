@@ -21,7 +21,7 @@ from helpers.train_watch import actors, assert_same_end, lines, train_workers
 from lungseg.config import load_recipe
 from lungseg.errors import ConfigError, RunError, StorageError
 from lungseg.telemetry import log
-from lungseg.train.launch import _watcher, source_of
+from lungseg.train.launch import _trainer_class, _watcher, source_of
 from lungseg.train.ready import missing_nodes_told
 from lungseg.train.worker import disk_has_room
 
@@ -215,3 +215,15 @@ def test_nodes_that_went_while_a_run_trains_are_told(
             time.sleep(0.2)
         assert ("waiting for" in caplog.text) == (workers > cores)
     assert f"waiting for {cores + 1} workers, {cores} are there, 0 s" in caplog.messages
+
+
+def test_the_controller_asks_its_workers_more_often_than_ray_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the name that Ray reads, and hands on from the driver to the controller."""
+    from ray.train.v2._internal import constants
+
+    name = constants.HEALTH_CHECK_INTERVAL_S_ENV_VAR
+    monkeypatch.setenv(name, "")
+    monkeypatch.delenv(name)
+    _trainer_class()
+    assert 0 < float(os.environ[name]) < constants.DEFAULT_HEALTH_CHECK_INTERVAL_S
+    assert name in constants.ENV_VARS_TO_PROPAGATE
