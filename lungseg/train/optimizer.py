@@ -62,7 +62,7 @@ class _OfSums(keras.optimizers.Optimizer):
         super()._backend_update_step(gradients, weights, self._common(learning_rate))
 
     def _common(self, learning_rate: tf.Tensor) -> Common:
-        return {"rate": learning_rate, "decay": learning_rate * self.weight_decay}
+        return {"lr": learning_rate, "decay": learning_rate * self.weight_decay}
 
     def _decay(self, variable: tf.Variable, common: Common) -> None:
         if self._use_weight_decay(variable):
@@ -89,16 +89,15 @@ class _AdamW(_OfSums, keras.optimizers.AdamW):
             var=variable.handle,
             m=self._momentums[number].value.handle,
             v=self._velocities[number].value.handle,
-            lr=common["rate"],
             grad=gradient,
-            **{name: common[name] for name in common.keys() - {"rate", "decay"}},
+            **{name: value for name, value in common.items() if name != "decay"},
         )
 
 
 class _Sgd(_OfSums, keras.optimizers.SGD):
     def update_step(self, gradient: tf.Tensor, variable: tf.Variable, common: Common) -> None:
         self._decay(variable, common)
-        super().update_step(gradient, variable, common["rate"])
+        super().update_step(gradient, variable, common["lr"])
 
 
 def make_optimizer(config: OptimizerConfig, schedule: Schedule, *, scale_loss: bool) -> Any:
