@@ -26,11 +26,13 @@ from lungseg.scan.resample import resample_onto
 from lungseg.scan.volume import Geometry, Volume, bounding_box
 from lungseg.segment.postprocess import components
 from lungseg.segment.quantify import labels_on_scan
-from lungseg.segment.sliding import Predictor, predict_volume
+from lungseg.segment.sliding import predict_volume
+from lungseg.segment.windows import Box, Predictor
 from lungseg.storage import Store, keys
 
 FORMAT = 1
-Box = tuple[slice, ...]
+ASKED = {"window_zyx", "overlap", "mirror", "lungs_only", "second_looks"}
+"""The settings that probabilities depend on."""
 Turn = Callable[[Predictor], AbstractContextManager[Predictor]]
 """Waits until a network may be asked about a scan, and gives it as it is to be asked."""
 
@@ -105,7 +107,7 @@ def all_kept(store: Store, entries: Sequence[StoredScanEntry], model: Published,
 
 
 def _prefix(entry: StoredScanEntry, model: Published, split: str) -> str:
-    settings = model.recipe.segment.model_dump(include={"window_zyx", "overlap", "mirror", "lungs_only"})
+    settings = model.recipe.segment.model_dump(include=ASKED)
     stem = f"{entry.case_id}-{digest([FORMAT, entry.sha256, settings])}"
     return keys.probabilities(keys.run_root(model.run), subject(model, split), stem)
 
@@ -114,9 +116,8 @@ def predict_scan(working: Volume, predict: Predictor, recipe: Recipe, turn: Turn
     """`working` is the scan on the grid of the data set, `recipe.data.spacing_mm`."""
     lungs = lung_mask(working)
     found = lungs if lungs.any() else None
-    stride = recipe.model.total_stride
     with turn(predict) as asked:
-        probability = predict_volume(asked, working.volume_hu, recipe.segment, lungs=found, multiple=stride)
+        probability = predict_volume(asked, working.volume_hu, recipe, lungs=found)
     return _cropped(probability, found, working.geometry)
 
 

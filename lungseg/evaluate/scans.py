@@ -24,7 +24,7 @@ from lungseg.runs.ensemble import Ensemble, load_ensemble
 from lungseg.runs.fit import require_same_scans, require_same_splits
 from lungseg.runs.run import Published, load_run_data
 from lungseg.segment.predict import fineness
-from lungseg.segment.sliding import Predictor
+from lungseg.segment.windows import Predictor
 from lungseg.storage import Store
 from lungseg.telemetry import Progress, quiet_tensorflow
 

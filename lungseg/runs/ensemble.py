@@ -12,7 +12,7 @@ from lungseg.runs.post import Post, recorded_post
 from lungseg.runs.run import Published, load_published
 from lungseg.storage import Store, keys
 
-OF_EACH = ("window_zyx", "overlap", "batch", "mirror")
+OF_EACH = ("window_zyx", "overlap", "batch", "mirror", "second_looks")
 """Settings of how a network is asked, which members may have different ones of."""
 _LONGEST_NAME = 200
 

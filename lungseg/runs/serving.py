@@ -81,6 +81,8 @@ def describe(recipe: Recipe) -> dict[str, Any]:
         "window_zyx": list(segment.window_zyx),
         "overlap": segment.overlap,
         "mirror": segment.mirror,
+        "second_looks": segment.second_looks,
+        "second_look_zyx": list(recipe.data.patch.shape_zyx),
         "threshold": segment.threshold,
         "min_volume_mm3": segment.min_volume_mm3,
         "lungs_only": segment.lungs_only,

@@ -16,7 +16,8 @@ from lungseg.scan.volume import Geometry, Vector, Volume
 from lungseg.segment.candidates import find_candidates
 from lungseg.segment.postprocess import components
 from lungseg.segment.quantify import NoduleMeasurement, Surface, quantify
-from lungseg.segment.sliding import Predictor, predict_volume
+from lungseg.segment.sliding import predict_volume
+from lungseg.segment.windows import Predictor
 
 MOST_SEARCHED_MM3 = 1e6
 """A litre, a fifth of both lungs."""
@@ -82,10 +83,9 @@ def segment_by_mean(
         said = predict_volume(
             predict,
             seen.volume_hu,
-            recipe.segment,
+            recipe,
             lungs=its_lungs,
             progress=_part_of(progress, number, len(networks)),
-            multiple=recipe.model.total_stride,
         )
         if seen is not working:
             said = resample_onto(said, seen.geometry, working.geometry)

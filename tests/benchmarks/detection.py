@@ -9,9 +9,10 @@ scans on the grid of 1 mm, the same two cores and minutes, counted from the star
 the data is not counted), and a U-Net of equal levels; it says of each test scan a probability, and all are
 scored here by the code of `lungseg evaluate`, with the same threshold, smallest size and candidates. MONAI
 has RandCropByPosNegLabel, DynUNet and SlidingWindowInferer on the body's box; it knows no lungs, so a second
-row has what lies in them (by lungseg). Nobody validates: the network of the last step is scored. Contestants
-take turns; phantoms, data set and results stay in the folder, and measured rows are not measured again.
-With --choose 12 of the 16 are trained on and the other 4 tested, which is where settings may be chosen.
+row has what lies in them (by lungseg). lungseg's second row is the same network without second looks. Nobody
+validates: the network of the last step is scored. Contestants take turns; phantoms, data set and results
+stay in the folder, and measured rows are not measured again. With --choose 12 of the 16 are trained on and
+the other 4 tested, which is where settings may be chosen.
 """
 
 from __future__ import annotations
@@ -139,7 +140,8 @@ def run(contestant: str, seed: int, work: Path, options: argparse.Namespace) -> 
 
 def titles(contestant: str, options: argparse.Namespace) -> list[str]:
     if contestant == "lungseg":
-        return [" ".join([contestant, *options.set])]
+        title = " ".join([contestant, *options.set])
+        return [title, f"{title}, without second looks"]
     title = f"{contestant}, {options.peer_norm} norm, rate {options.peer_rate:g}"
     return [title, f"{title}, in the lungs"]
 
@@ -156,9 +158,11 @@ class Scored:
         store, manifest = make_data(self.work, self.recipe)
         entry = manifest.require_held_out("test")[number]
         stored = read_scan(store, entry)
-        probability, lungs = np.load(self.folder / f"{entry.case_id}.npy"), lung_mask(stored.volume)
+        lungs = lung_mask(stored.volume)
+        ours = self.contestant == "lungseg"
         scored = []
-        for within in [lungs] if self.contestant == "lungseg" else [None, lungs]:
+        for suffix, within in [("", lungs), (".plain", lungs)] if ours else [("", None), ("", lungs)]:
+            probability = np.load(self.folder / f"{entry.case_id}{suffix}.npy")
             prediction = Prediction(stored.volume.geometry, probability, within)
             scored.append(evaluate_case(stored, prediction, self.recipe.segment, entry.case_id, number))
         return scored

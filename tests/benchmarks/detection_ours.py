@@ -2,8 +2,8 @@
 
     python detection_ours.py JOB.json
 
-Writes what the network says of each test scan, float16 [z, y, x], into the job's folder and prints what was
-done as JSON.
+Writes what the network says of each test scan, float16 [z, y, x], into the job's folder, once more as .plain
+without second looks, and prints what was done as JSON.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from lungseg.config import load_recipe
+from lungseg.config import load_recipe, resegmented
 from lungseg.dataset.manifest import load_manifest
 from lungseg.dataset.stored_scans import read_scan
 from lungseg.scan.lungs import lung_mask
@@ -52,14 +52,10 @@ def main() -> None:
     model = load_best(data, run)
     for entry in load_manifest(data, DATA).require_held_out("test"):
         volume = read_scan(data, entry).volume
-        said = predict_volume(
-            model.predict,
-            volume.volume_hu,
-            recipe.segment,
-            lungs=lung_mask(volume),
-            multiple=recipe.model.total_stride,
-        )
-        np.save(Path(job.folder) / f"{entry.case_id}.npy", said.astype(np.float16))
+        lungs = lung_mask(volume)
+        for suffix, asked in (("", recipe), (".plain", resegmented(recipe, ["segment.second_looks=0"]))):
+            said = predict_volume(model.predict, volume.volume_hu, asked, lungs=lungs)
+            np.save(Path(job.folder) / f"{entry.case_id}{suffix}.npy", said.astype(np.float16))
     precision = model.network.dtype_policy.compute_dtype
     print(json.dumps({"steps": lines[-1]["step"], "seconds": lines[-1]["seconds"], "precision": precision}))
 

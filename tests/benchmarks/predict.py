@@ -57,6 +57,7 @@ def publish(store: Store, widths: list[int]) -> None:
             f"segment.window_zyx=[{SIDE}, {SIDE}, {SIDE}]",
             f"segment.overlap={OVERLAP}",
             "segment.threshold=0.999",
+            "segment.second_looks=0",
         ])  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import SimpleITK as sitk  # noqa: N813
 
-from lungseg.config import load_recipe
+from lungseg.config import load_recipe, resegmented
 from lungseg.dataset.prepare import prepare
 from lungseg.segment.sliding import predict_volume
 from lungseg.sources import pairs
@@ -50,10 +50,9 @@ def main() -> None:
     for name in job.split["test"]:
         image = sitk.ReadImage(str(Path(job.crops) / "images" / f"{name}.nii.gz"))
         volume_hu = sitk.GetArrayFromImage(image).astype(np.int16)
-        settings, stride = recipe.segment, recipe.model.total_stride
-        masks[name] = predict_volume(model.predict, volume_hu, settings, multiple=stride) >= 0.5
-        once = settings.model_copy(update={"mirror": False})
-        plain[name] = predict_volume(model.predict, volume_hu, once, multiple=stride) >= 0.5
+        masks[name] = predict_volume(model.predict, volume_hu, recipe) >= 0.5
+        once = resegmented(recipe, ["segment.mirror=false"])
+        plain[name] = predict_volume(model.predict, volume_hu, once) >= 0.5
     np.savez_compressed(folder / "masks.npz", **masks)
     np.savez_compressed(folder / "plain.npz", **plain)
     (folder / "weights.keras").write_bytes(store.get("runs/crops/best/model.keras"))

@@ -244,8 +244,9 @@ def test_other_thresholds_and_a_killed_evaluation_need_no_network(known: Evaluat
     assert high.tree["summary"]["false_positives_per_scan"] == 0  # it had 0.7
     assert high.tree["settings"]["threshold"] == 0.75
     assert high.tree["detection"]["score"] == "mean"
-    with pytest.raises(AssertionError, match="was asked"):
-        again(known, must_not_be_asked, overlap=0.5)
+    for name, value in (("overlap", 0.5), ("second_looks", 1)):
+        with pytest.raises(AssertionError, match="was asked"):
+            again(known, must_not_be_asked, **{name: value})
     with pytest.raises(ConfigError, match="setting-fixed"):
         resegmented(known.model.recipe, ["train.epochs=3"])
 

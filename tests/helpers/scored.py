@@ -86,7 +86,7 @@ def hold_out(
     data: str = "d",
 ) -> tuple[Manifest, Published]:
     """A data set with these scans, each of a patient of its own and to test if not said otherwise, and a run
-    on it, whose published checkpoint has no weights: to load them would fail."""
+    on it, whose published checkpoint has no weights: to load them would fail. A scan is asked about once."""
     held: dict[str, list[StoredScanEntry]] = {}
     cases: dict[str, list[str]] = {}
     for number, scan in enumerate(scans):
@@ -97,7 +97,7 @@ def hold_out(
             entry = write_scan(store, key, case_id, to_grid(scan, spacing_mm))
             entry = replace(entry, patient=patients[number] if patients else number)
             held.setdefault(split, []).append(entry)
-    recipe = Recipe.model_validate({"data": {"spacing_mm": spacing_mm}})
+    recipe = Recipe.model_validate({"data": {"spacing_mm": spacing_mm}, "segment": {"second_looks": 0}})
     config = recipe.data.model_dump(mode="json")
     held_out = {split: tuple(entries) for split, entries in held.items()}
     of_split = {split: tuple(names) for split, names in cases.items()} if splits else {}

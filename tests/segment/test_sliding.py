@@ -9,12 +9,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lungseg.config import SegmentConfig
+from lungseg.config import Recipe, parse_recipe
 from lungseg.errors import ConfigError, RunError
 from lungseg.segment.sliding import predict_volume
 
 SIDES = st.tuples(*[st.sampled_from([4, 8, 12])] * 3)
 SHAPES = st.tuples(*[st.integers(1, 21)] * 3)
+
+
+def asking(multiple: int = 16, **segment: object) -> Recipe:
+    """A recipe of a network of that stride, with patches of the same shape."""
+    patch, depth = {"shape_zyx": [multiple] * 3}, multiple.bit_length()
+    return parse_recipe({"data": {"patch": patch}, "model": {"depth": depth}, "segment": segment})
 
 
 def pointwise(hu: np.ndarray) -> np.ndarray:
@@ -32,9 +38,9 @@ def test_a_pointwise_network_gives_the_pointwise_result(
     shape: tuple[int, int, int], window: tuple[int, int, int], overlap: float, batch: int
 ) -> None:
     volume = distinct(shape)
-    config = SegmentConfig(window_zyx=window, overlap=overlap, batch=batch)
+    recipe = asking(4, window_zyx=list(window), overlap=overlap, batch=batch)
 
-    result = predict_volume(pointwise, volume, config, multiple=4)
+    result = predict_volume(pointwise, volume, recipe)
 
     assert result.dtype == np.float32
     assert result.shape == shape
@@ -46,8 +52,8 @@ def test_a_pointwise_network_gives_the_pointwise_result(
 def test_the_weights_of_all_windows_sum_to_one_at_every_voxel(
     shape: tuple[int, int, int], window: tuple[int, int, int], overlap: float
 ) -> None:
-    config = SegmentConfig(window_zyx=window, overlap=overlap)
-    assert (predict_volume(np.ones_like, np.zeros(shape, np.int16), config, multiple=4) == 1).all()
+    recipe = asking(4, window_zyx=list(window), overlap=overlap)
+    assert (predict_volume(np.ones_like, np.zeros(shape, np.int16), recipe) == 1).all()
 
 
 def test_overlapping_windows_are_averaged_with_gaussian_weights() -> None:
@@ -56,8 +62,8 @@ def test_overlapping_windows_are_averaged_with_gaussian_weights() -> None:
     def local_index(hu: np.ndarray) -> np.ndarray:
         return np.broadcast_to(np.arange(16.0).reshape(1, 16, 1, 1, 1), hu.shape)
 
-    config = SegmentConfig(window_zyx=(16, 16, 16), overlap=0.5)
-    result = predict_volume(local_index, np.zeros((24, 16, 16), np.int16), config)
+    recipe = asking(window_zyx=[16, 16, 16], overlap=0.5, second_looks=0)
+    result = predict_volume(local_index, np.zeros((24, 16, 16), np.int16), recipe)
 
     def weight(i: int) -> float:
         return float(np.exp(-((i - 7.5) ** 2) / 2 / 2**2)) if 0 <= i < 16 else 0.0
@@ -76,8 +82,8 @@ def test_every_call_has_one_shape_and_only_a_volume_below_the_stride_is_centred_
         calls.append(hu.copy())
         return np.zeros_like(hu)
 
-    config = SegmentConfig(window_zyx=(96, 32, 16), overlap=0, batch=4)
-    predict_volume(watch, np.full((20, 70, 15), 7, np.int16), config)
+    recipe = asking(window_zyx=[96, 32, 16], overlap=0, batch=4)
+    predict_volume(watch, np.full((20, 70, 15), 7, np.int16), recipe)
     calls.sort(key=lambda call: -np.count_nonzero(call == 7))  # two are asked at a time
 
     # 20 slices have two windows of 16, 70 rows three of 32, and 15 columns one of 16, in which one is air.
@@ -89,7 +95,7 @@ def test_every_call_has_one_shape_and_only_a_volume_below_the_stride_is_centred_
 
 
 def test_windows_without_lungs_are_skipped_and_left_at_zero() -> None:
-    shape, config = (8, 8, 40), SegmentConfig(window_zyx=(8, 8, 8), overlap=0, batch=2)
+    shape, settings = (8, 8, 40), {"window_zyx": [8, 8, 8], "overlap": 0, "batch": 2}
     lungs = np.zeros(shape, np.uint8)
     lungs[4, 4, 9] = lungs[4, 4, 30] = 1
     seen: list[tuple[int, int]] = []
@@ -97,23 +103,22 @@ def test_windows_without_lungs_are_skipped_and_left_at_zero() -> None:
     result = predict_volume(
         np.ones_like,
         np.zeros(shape, np.int16),
-        config,
+        asking(8, **settings),
         lungs=lungs,
         progress=lambda done, of: seen.append((done, of)),
-        multiple=8,
     )
 
     assert seen == [(2, 2)]
     np.testing.assert_array_equal(result[0, 0], np.repeat([0, 1, 0, 1, 0], 8))
-    everywhere = config.model_copy(update={"lungs_only": False})
-    assert predict_volume(np.ones_like, np.zeros(shape, np.int16), everywhere, lungs=lungs, multiple=8).all()
+    everywhere = asking(8, **settings, lungs_only=False)
+    assert predict_volume(np.ones_like, np.zeros(shape, np.int16), everywhere, lungs=lungs).all()
 
 
 def test_progress_counts_windows_up_to_all() -> None:
     seen: list[tuple[int, int]] = []
-    config = SegmentConfig(window_zyx=(16, 16, 16), overlap=0, batch=2)
+    recipe = asking(window_zyx=[16, 16, 16], overlap=0, batch=2)
     volume = np.zeros((16, 16, 80), np.int16)
-    predict_volume(np.zeros_like, volume, config, progress=lambda done, of: seen.append((done, of)))
+    predict_volume(np.zeros_like, volume, recipe, progress=lambda done, of: seen.append((done, of)))
     assert seen == [(2, 5), (4, 5), (5, 5)]
 
 
@@ -128,19 +133,19 @@ def test_the_network_is_at_the_next_window_while_one_is_worked_on() -> None:
     def work(done: int, windows: int) -> None:
         assert done == windows or asked[done].wait(timeout=60)
 
-    config = SegmentConfig(window_zyx=(16, 16, 16), overlap=0)
-    predict_volume(predict, np.zeros((16, 16, 48), np.int16), config, progress=work)
+    recipe = asking(window_zyx=[16, 16, 16], overlap=0)
+    predict_volume(predict, np.zeros((16, 16, 48), np.int16), recipe, progress=work)
     assert all(event.is_set() for event in asked)
 
 
 def test_a_network_that_answers_nan_is_an_error_and_not_an_empty_mask() -> None:
     with pytest.raises(RunError, match="prediction-not-finite"):
-        predict_volume(lambda hu: hu * np.nan, np.zeros((4, 4, 4), np.int16), SegmentConfig())
+        predict_volume(lambda hu: hu * np.nan, np.zeros((4, 4, 4), np.int16), asking())
 
 
 def test_a_window_that_the_network_cannot_halve_is_refused() -> None:
     with pytest.raises(ConfigError, match="window-indivisible"):
-        predict_volume(pointwise, np.zeros((4, 4, 4), np.int16), SegmentConfig(window_zyx=(96, 96, 90)))
+        predict_volume(pointwise, np.zeros((4, 4, 4), np.int16), asking(window_zyx=[96, 96, 90]))
 
 
 def test_only_the_lungs_box_and_its_context_is_tiled_and_every_voxel_keeps_its_place() -> None:
@@ -148,17 +153,17 @@ def test_only_the_lungs_box_and_its_context_is_tiled_and_every_voxel_keeps_its_p
     lungs = np.zeros(volume.shape, np.uint8)
     lungs[20:28, 24:32, 40:44] = 1
     calls: list[int] = []
-    config = SegmentConfig(window_zyx=(16, 16, 16), overlap=0.0)
+    recipe = asking(window_zyx=[16, 16, 16], overlap=0.0)
 
     result = predict_volume(
-        pointwise, volume, config, lungs=lungs, progress=lambda _, windows: calls.append(windows)
+        pointwise, volume, recipe, lungs=lungs, progress=lambda _, windows: calls.append(windows)
     )
 
     np.testing.assert_allclose(
         result[lungs == 1], pointwise(volume[lungs == 1].astype(np.float64)), rtol=1e-5
     )
     assert 0 < calls[-1] <= 8  # of 100 that tile the scan
-    assert (predict_volume(pointwise, volume, config, lungs=np.zeros_like(lungs)) == 0).all()
+    assert (predict_volume(pointwise, volume, recipe, lungs=np.zeros_like(lungs)) == 0).all()
 
 
 def test_mirroring_takes_out_what_depends_on_the_side() -> None:
@@ -169,7 +174,7 @@ def test_mirroring_takes_out_what_depends_on_the_side() -> None:
         return windows / 1000 + ramp[..., np.newaxis]
 
     hu = np.random.default_rng(0).integers(0, 900, (16, 16, 16)).astype(np.int16)
-    plain = SegmentConfig(window_zyx=(16, 16, 16))
+    plain = asking(window_zyx=[16, 16, 16], second_looks=0)
     assert np.abs(predict_volume(lopsided, hu, plain) - hu / 1000).max() > 0.3
-    even = predict_volume(lopsided, hu, plain.model_copy(update={"mirror": True}))
+    even = predict_volume(lopsided, hu, asking(window_zyx=[16, 16, 16], mirror=True))
     np.testing.assert_allclose(even, hu / 1000, atol=1e-6)
