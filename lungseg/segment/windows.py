@@ -6,6 +6,7 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from functools import lru_cache
 from typing import TypeVar
 
 import numpy as np
@@ -34,28 +35,27 @@ class WeightedMean:
     def __init__(self, shape_zyx: Sequence[int]) -> None:
         self._total = np.zeros(shape_zyx, np.float32)
         self._weight = np.zeros(shape_zyx, np.float32)
-        self._importance = gaussian(())
 
     def add(self, box: Box, probability: np.ndarray) -> None:
         """float [z, y, x] of the window at `box`. Raises RunError("prediction-not-finite")."""
         if not np.isfinite(probability).all():
             raise RunError("prediction-not-finite", remedy="the weights are broken: use another checkpoint")
-        if self._importance.shape != probability.shape:
-            self._importance = gaussian(probability.shape)
-        self._total[box] += probability * self._importance
-        self._weight[box] += self._importance
+        importance = _gaussian(probability.shape)
+        self._total[box] += probability * importance
+        self._weight[box] += importance
 
     def value(self) -> np.ndarray:
         """float32 [z, y, x], 0 where no window lay."""
         return np.divide(self._total, self._weight, out=np.zeros_like(self._total), where=self._weight > 0)
 
 
-def gaussian(window: Sequence[int]) -> np.ndarray:
+@lru_cache(maxsize=4)  # a scan has two shapes of windows
+def _gaussian(window: tuple[int, ...]) -> np.ndarray:
     """float32 importance of a window's voxels: 1 at the centre, sigma 1/8 of each side (nnU-Net's choice).
 
     At a corner it is exp(-24), far above float32's smallest number, so no voxel has weight 0.
     """
-    importance = np.ones((1,) * len(window))
+    importance = np.ones((1, 1, 1))
     for axis, side in enumerate(window):
         offset = (np.arange(side) - (side - 1) / 2) / (side / 8)
         importance = importance * np.exp(-0.5 * offset**2).reshape([-1 if a == axis else 1 for a in range(3)])
