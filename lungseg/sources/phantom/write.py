@@ -16,6 +16,7 @@ import numpy as np
 import pydicom
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+from threadpoolctl import threadpool_limits
 
 from lungseg.errors import DataError
 from lungseg.scan.volume import Geometry
@@ -114,7 +115,8 @@ def write_series(
 def _write(folder: Path, scan: Scan, seed: int, comments: str, hard: bool) -> None:
     geometry = scan.geometry
     seeds = (seed, scan.scan_id)
-    volume_hu = Phantom(geometry.shape_zyx, geometry.spacing_mm, scan.lesions, seeds, hard).image()
+    with threadpool_limits(1):  # on some CPUs products of matrices round otherwise on several threads
+        volume_hu = Phantom(geometry.shape_zyx, geometry.spacing_mm, scan.lesions, seeds, hard).image()
     uids = (scan.series_uid, scan.study_uid)
     try:
         write_series(folder, volume_hu, geometry, *uids, scan.patient_id, description=comments)
