@@ -19,7 +19,7 @@ class SegmentConfig(Frozen):
         False, description="mean over the 8 mirror images of each window, in 8 times the time"
     )
     second_looks: int = Field(
-        16, ge=0, description="places found that are seen again in the middle of a window of a patch's shape"
+        16, ge=0, description="most places found to see again, in the middle of a window of a patch's shape"
     )
     threshold: float = Field(0.5, gt=0, lt=1, description="probability from which a voxel is nodule")
     min_volume_mm3: float = Field(14.0, ge=0, description="smaller components go; a 3 mm ball has 14.1 mm3")
