@@ -127,7 +127,7 @@ def second_node(folder: Path) -> Iterator[Any]:
 
     before, node = alive(), begin()
     try:
-        deadline = time.monotonic() + 200
+        deadline = time.monotonic() + 400
         # By name: that an earlier test's node is dead may be found out only now.
         while not (alive() - before and (found := raylets())):
             assert time.monotonic() < deadline, (folder / "node").read_text()[-2000:]
