@@ -32,14 +32,14 @@ SCANS, SEED = 12, 0
 
 
 def demo_recipe() -> Recipe:
-    """Small enough for two cores: half the default width, smaller patches, few steps."""
+    """Small enough for two cores: half the default width, patches half as wide, few steps."""
     return parse_recipe(
         {
             "data": {
                 "patch": {
-                    "shape_zyx": [40, 40, 40],
+                    "shape_zyx": [32, 32, 32],
                     "positives_per_nodule": 16,
-                    "hard_negatives_per_scan": 32,
+                    "hard_negatives_per_scan": 48,
                 },
                 # A seed that gives two of the twelve patients to each.
                 "split": {"val": 0.17, "test": 0.17, "seed": 49845},
@@ -49,7 +49,7 @@ def demo_recipe() -> Recipe:
             # On two cores two replicas take a fifth less time than one on both.
             "train": {
                 "epochs": 4,
-                "steps_per_epoch": 98,
+                "steps_per_epoch": 122,
                 "global_batch": 4,
                 "logical_cpu_devices": 2,
                 "patience_epochs": 4,
