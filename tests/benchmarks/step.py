@@ -1,7 +1,7 @@
 """A training step beside PyTorch's, and what streaming and a second worker cost. One run, one table each.
 
     uv run python tests/benchmarks/step.py --peer-python peers/bin/python [--rounds 5] [--steps 10] \
-        [--rows 1 2 3 4 5]
+        [--rows 1 2 3 4 5 6]
 
 Contestants take turns, each in a new process, so that a slow spell of the machine meets all of them.
 """
@@ -37,10 +37,11 @@ from lungseg.storage.keys import data_manifest  # noqa: E402
 from lungseg.train.launch import train  # noqa: E402
 
 CONTESTS = (
-    (64, 2, 16, 4, 1), (96, 1, 16, 4, 1), (48, 2, 8, 5, 2), (40, 4, 8, 4, 2), (96, 1, 32, 5, 1),
+    (64, 2, 16, 4, 1), (96, 1, 16, 4, 1), (48, 2, 8, 5, 2), (32, 4, 8, 4, 2), (96, 1, 32, 5, 1), (64, 2, 16, 4, 2),
 )  # fmt: skip
 """Voxels of a patch's side, patches, channels of the first level, levels, lungseg's replicas: the defaults,
-larger patches, and the recipe for crops, the demo's, and the recipe for whole scans (one replica's share)."""
+larger patches, the recipe for crops, the demo's, the recipe for whole scans (one replica's share), and the
+first once more with a replica a patch."""
 PRECISIONS, PAIR = ("float32", "bfloat16"), ("lungseg", "torch")
 
 
