@@ -37,7 +37,8 @@ from lungseg.storage.keys import data_manifest  # noqa: E402
 from lungseg.train.launch import train  # noqa: E402
 
 CONTESTS = (
-    (64, 2, 16, 4, 1), (96, 1, 16, 4, 1), (48, 2, 8, 5, 2), (32, 4, 8, 4, 2), (96, 1, 32, 5, 1), (64, 2, 16, 4, 2),
+    (64, 2, 16, 4, 1), (96, 1, 16, 4, 1), (48, 2, 8, 5, 2), (32, 4, 8, 4, 2), (96, 1, 32, 5, 1),
+    (64, 2, 16, 4, 2),
 )  # fmt: skip
 """Voxels of a patch's side, patches, channels of the first level, levels, lungseg's replicas: the defaults,
 larger patches, the recipe for crops, the demo's, the recipe for whole scans (one replica's share), and the
