@@ -1,7 +1,7 @@
 """A training step beside PyTorch's, and what streaming and a second worker cost. One run, one table each.
 
     uv run python tests/benchmarks/step.py --peer-python peers/bin/python [--rounds 5] [--steps 10] \
-        [--rows 1 2 3 4 5 6]
+        [--rows 1 2 3 4 5 6] [--precisions float32 bfloat16]
 
 Contestants take turns, each in a new process, so that a slow spell of the machine meets all of them.
 """
@@ -55,8 +55,8 @@ def measure(python: str, name: str, contest: tuple[int, ...], precision: str, st
     return statistics.median(json.loads(done.stdout.splitlines()[-1]))
 
 
-def compare(peer_python: str, rounds: int, steps: int, rows: list[int]) -> None:
-    """Each contest in both precisions, then both contestants in the precision that is faster for each."""
+def compare(peer_python: str, rounds: int, steps: int, rows: list[int], precisions: list[str]) -> None:
+    """Each contest in each precision, then both contestants in the precision that is fastest for each."""
     titles = ("patches", "width", "levels", "replicas", "precision", "lungseg s", "PyTorch s", "ratio")
     print(f"| {' | '.join(titles)} | share of the peak |")
     print("|---|--:|--:|--:|---|--:|--:|--:|--:|", flush=True)
@@ -64,13 +64,12 @@ def compare(peer_python: str, rounds: int, steps: int, rows: list[int]) -> None:
         side, batch, width, depth, replicas = contest
         seconds: dict[tuple[str, str], list[float]] = {}
         for _ in range(rounds):
-            for name, precision in product(("lungseg", "torch", "peak"), PRECISIONS):
+            for name, precision in product(("lungseg", "torch", "peak"), precisions):
                 python = peer_python if name == "torch" else sys.executable
                 one = measure(python, name, contest, precision, steps)
                 seconds.setdefault((name, precision), []).append(one)
-        for ours, theirs in [(precision, precision) for precision in PRECISIONS] + [
-            tuple(min(PRECISIONS, key=lambda one: statistics.median(seconds[name, one])) for name in PAIR)
-        ]:
+        fastest = [min(precisions, key=lambda one: statistics.median(seconds[name, one])) for name in PAIR]
+        for ours, theirs in dict.fromkeys([*zip(precisions, precisions, strict=True), tuple(fastest)]):
             found, peer = seconds["lungseg", ours], seconds["torch", theirs]
             ratios = [a / b for a, b in zip(found, peer, strict=True)]
             rate = 2 * 27 * 32 * 32 * batch * (side // 2) ** 3 / statistics.median(seconds["peak", ours])
@@ -143,9 +142,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     every = range(1, len(CONTESTS) + 1)
     parser.add_argument("--rows", type=int, nargs="+", choices=every, default=list(every))
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     options = parser.parse_args()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    compare(options.peer_python, options.rounds, options.steps, options.rows)
+    compare(options.peer_python, options.rounds, options.steps, options.rows, options.precisions)
     stream_and_workers(max(1, options.rounds // 2))
 
 
