@@ -38,6 +38,7 @@ def patches(side: int, batch: int) -> tuple[np.ndarray, np.ndarray]:
 def lungseg(
     side: int, batch: int, width: int, depth: int, replicas: int, precision: str
 ) -> Callable[[], float]:
+    import lungseg  # noqa: F401, I001 - first: it has TensorFlow compute by oneDNN on every CPU
     import tensorflow as tf
 
     from lungseg.config import load_recipe
