@@ -134,7 +134,8 @@ class Exporter:
 
 def start_exporter(config: TelemetryConfig) -> Any | None:
     """The exporter of this cluster, which the first run that asks for metrics starts, on the head's node;
-    it lives as long as the cluster. None if no metrics are asked for, or it cannot be had."""
+    it lives as long as the cluster. None if no metrics are asked for, or it cannot be had; one that a busy
+    head has not started yet is returned, since it takes what waits for it once it has."""
     if config.metrics_port is None:
         return None
     import ray
@@ -152,6 +153,9 @@ def start_exporter(config: TelemetryConfig) -> Any | None:
             max_restarts=-1,
         ).remote(config)
         address, problem = ray.get(exporter.serve.remote(), timeout=_START_SECONDS)
+    except ray.exceptions.GetTimeoutError:
+        _log.warning("training goes on; its metrics are served as soon as their exporter has started")
+        return exporter
     except ray.exceptions.RayError as error:
         _log.warning("training goes on without metrics, since their exporter did not start: %s", error)
         return None

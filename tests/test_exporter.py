@@ -179,6 +179,15 @@ def test_a_taken_port_is_told_with_its_remedy_and_is_served_once_free() -> None:
     assert Endpoint(port).scrape()["c_total", "r", "", "0"] == 3
 
 
+def test_metrics_are_served_by_an_exporter_that_starts_late(
+    endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lungseg.exporter._START_SECONDS", 0)
+    exporter = start_exporter(endpoint.config)
+    with pushing(exporter, Source("late"), GROUP_METRICS, 0.2):
+        endpoint.wait(lambda found: ("lungseg_restarts_total", "late", "", "") in found)
+
+
 def test_without_a_port_there_is_no_exporter_and_pushing_is_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LUNGSEG_METRICS_PORT", raising=False)
     assert start_exporter(TelemetryConfig()) is None
