@@ -55,7 +55,8 @@ def demo_recipe() -> Recipe:
                 "patience_epochs": 4,
             },
             "optimizer": {"learning_rate": 2e-3, "warmup_steps": 20},
-            "segment": {"window_zyx": [96, 96, 96]},
+            # After minutes it doubts as many places as it is sure of, and the mean tells which.
+            "segment": {"window_zyx": [96, 96, 96], "candidate_score": "mean", "min_score": 0.5},
         }
     )
 

@@ -30,6 +30,9 @@ class SegmentConfig(Frozen):
     candidate_score: CandidateScore = Field(
         "max", description="which of a candidate's probabilities ranks it"
     )
+    min_score: float = Field(
+        0.0, ge=0, lt=1, description="nodules whose candidate has a lower candidate_score go"
+    )
     solid_hu: float = Field(
         -300.0, ge=-1000, le=1000, description="HU from which a nodule's voxel counts as its solid part"
     )

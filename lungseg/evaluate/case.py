@@ -23,14 +23,14 @@ EPSILON = 1e-7  # what Keras clips probabilities to before a logarithm
 class CaseResult:
     """One scan. None where a number has no meaning: nodule numbers of a scan without nodules.
 
-    `dice`, `mean_iou` and `accuracy` compare the whole scan's final mask (thresholded, small components
-    gone) with the truth on the scan's own grid, `working_grid_dice` on that of the network. `soft_dice`,
-    `loss` (1 - soft_dice) and `cross_entropy` compare the probabilities there. `per_nodule_dice` is the
-    mean over nodules of the Dice with the components that touch each, misses as 0. `crop_dice` is the mean
-    over nodules of the Dice in a cube of 64 mm around each. `false_positives` are components that touch
-    neither nodule nor ignore region. `both_empty`: neither nodule nor component, where a Dice is a
-    convention. Matchings are one to one, at an IoU above 0, 0.1 and 0.5; `rows` are the nodules. `voxels`
-    counts those that count, in the truth, in the mask and in both.
+    `dice`, `mean_iou` and `accuracy` compare the whole scan's final mask (thresholded, small and unsure
+    components gone) with the truth on the scan's own grid, `working_grid_dice` on that of the network.
+    `soft_dice`, `loss` (1 - soft_dice) and `cross_entropy` compare the probabilities there.
+    `per_nodule_dice` is the mean over nodules of the Dice with the components that touch each, misses as
+    0. `crop_dice` is the mean over nodules of the Dice in a cube of 64 mm around each. `false_positives`
+    are components that touch neither nodule nor ignore region. `both_empty`: neither nodule nor
+    component, where a Dice is a convention. Matchings are one to one, at an IoU above 0, 0.1 and 0.5;
+    `rows` are the nodules. `voxels` counts those that count, in the truth, in the mask and in both.
     """
 
     case_id: str

@@ -1,8 +1,9 @@
 """Which settings are chosen of what was tried on val.
 
 First what ranks candidates: mirror images, the smallest volume and the score, by the CPM or by F2 at one
-false positive a scan. Then the threshold of the masks, by F2 of what they mark, with at most one false
-positive a scan. Either time the simplest is taken whose value is within one standard error of the best
+false positive a scan. Then the threshold of the masks and the score that a nodule must reach, by F2 of what
+they mark, with at most one false positive a scan; simpler is what leaves the threshold, on which a nodule's
+outline depends. Either time the simplest is taken whose value is within one standard error of the best
 (Breiman et al., Classification and Regression Trees, 1984): a smaller lead on so few scans means nothing.
 """
 
@@ -25,14 +26,15 @@ from lungseg.evaluate.records import cpm
 
 By = Literal["cpm", "f2"]
 THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+MIN_SCORES = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7)
 VOLUMES_MM3 = (0.0, 14.0, 30.0, 60.0)
 FALSE_POSITIVES = 1.0
 """A scan, at most or just so many."""
 REPLICATES = 1000
 Ranking = tuple[bool, float, CandidateScore]
 """Mirror images, smallest volume, score."""
-Masking = tuple[bool, float, float]
-"""Mirror images, smallest volume, threshold."""
+Masking = tuple[Ranking, float, float]
+"""What ranks candidates, threshold, lowest score."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Choices:
     min_volume_mm3: tuple[float, ...]
     candidate_score: tuple[CandidateScore, ...]
     threshold: tuple[float, ...]
+    min_score: tuple[float, ...]
 
     @classmethod
     def of(cls, own: SegmentConfig, fixed: Collection[str]) -> Self:
@@ -52,6 +55,7 @@ class Choices:
             "min_volume_mm3": VOLUMES_MM3,
             "candidate_score": SCORES,
             "threshold": THRESHOLDS,
+            "min_score": MIN_SCORES,
         }
         mine = {name: getattr(own, name) for name in every}
         return cls(
@@ -113,30 +117,35 @@ def pick(options: Sequence[Option], weights: np.ndarray) -> Pick:
 
 
 def choose(tried: Sequence[Tried], own: SegmentConfig, choices: Choices, by: By) -> tuple[Pick, Pick]:
-    """Of what ranks candidates, and of the threshold. Raises DataError("no-nodules")."""
+    """Of what ranks candidates, and of what becomes a nodule. Raises DataError("no-nodules")."""
     if not any(one.nodules for one in tried):
         remedy = "prepare data with nodules among the patients of val, or another data.split.seed"
         raise DataError("no-nodules", split="val", remedy=remedy)
     weights = resample([one.patient for one in tried], REPLICATES)
-    rankings = product(choices.mirror, choices.min_volume_mm3, choices.candidate_score)
-    ranking = pick([_ranking(tried, one, own, by) for one in rankings], weights)
-    mirror, volume_mm3 = (ranking.chosen.settings[name] for name in ("mirror", "min_volume_mm3"))
+    rankings = list(product(choices.mirror, choices.min_volume_mm3, choices.candidate_score))
+    of_rankings = [_ranking(tried, one, own, by) for one in rankings]
+    ranking = pick(of_rankings, weights)
+    chosen = rankings[of_rankings.index(ranking.chosen)]
     counts = {
-        threshold: [one.masks[mirror, volume_mm3, threshold] for one in tried]
-        for threshold in choices.threshold
+        (threshold, score): [one.masks[chosen, threshold, score] for one in tried]
+        for threshold, score in product(choices.threshold, choices.min_score)
     }
-    errors = {threshold: sum(wrong for _, wrong in found) for threshold, found in counts.items()}
+    errors = {one: sum(wrong for _, wrong in found) for one, found in counts.items()}
     most = max(FALSE_POSITIVES * len(tried), min(errors.values()))
-    thresholds = [
+    masks = [
         Option(
-            {"threshold": threshold, "false_positives_per_scan": errors[threshold] / len(tried)},
-            (abs(threshold - own.threshold),),
+            {
+                "threshold": threshold,
+                "min_score": score,
+                "false_positives_per_scan": errors[threshold, score] / len(tried),
+            },
+            (abs(threshold - own.threshold), abs(score - own.min_score)),
             _f2_of_masks(tried, found),
-            errors[threshold] <= most,
+            errors[threshold, score] <= most,
         )
-        for threshold, found in counts.items()
+        for (threshold, score), found in counts.items()
     ]
-    return ranking, pick(thresholds, weights)
+    return ranking, pick(masks, weights)
 
 
 def _ranking(tried: Sequence[Tried], one: Ranking, own: SegmentConfig, by: By) -> Option:

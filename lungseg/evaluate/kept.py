@@ -24,7 +24,7 @@ from lungseg.runs.run import Published
 from lungseg.scan.lungs import lung_mask
 from lungseg.scan.resample import resample_onto
 from lungseg.scan.volume import Geometry, Volume, bounding_box
-from lungseg.segment.postprocess import components
+from lungseg.segment.nodules import find_nodules
 from lungseg.segment.quantify import labels_on_scan
 from lungseg.segment.sliding import predict_volume
 from lungseg.segment.windows import Box, Predictor
@@ -54,7 +54,7 @@ class Prediction:
 
     def components(self, config: SegmentConfig) -> np.ndarray:
         """int32 [z, y, x] on `geometry`: as `segment` finds them."""
-        return components(self.float32, config, self.geometry.spacing_mm, self.lungs)
+        return find_nodules(self.float32, self.geometry, config, self.lungs)[0]
 
     def own_labels(self, found: np.ndarray, grid: Geometry, threshold: float) -> tuple[np.ndarray, Box]:
         """The components `found` on the scan's own `grid`, as `segment` brings them there; and their box."""

@@ -105,11 +105,8 @@ def detect(
     )
 
 
-def candidate_hits(
-    stored: StoredScan, prediction: Prediction, config: SegmentConfig
-) -> dict[CandidateScore, Hits]:
+def candidate_hits(stored: StoredScan, found: Sequence[Candidate]) -> dict[CandidateScore, Hits]:
     """As the `luna16` of `detect`, without scores of nodules, which take many times as long."""
-    _, found = find_candidates(prediction.float32, prediction.geometry, config, prediction.lungs)
     marks_mm = _positions(one.centre_lps_mm for one in found)
     places = _places(diameters_mm(stored.truth), stored.truth.regions)
     return {

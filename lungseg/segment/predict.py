@@ -6,21 +6,16 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-import cc3d
 import numpy as np
 
 from lungseg.config import Recipe, SegmentConfig
 from lungseg.scan.lungs import lung_mask
 from lungseg.scan.resample import resample, resample_onto
 from lungseg.scan.volume import Geometry, Vector, Volume
-from lungseg.segment.candidates import find_candidates
-from lungseg.segment.postprocess import components
+from lungseg.segment.nodules import find_nodules
 from lungseg.segment.quantify import NoduleMeasurement, Surface, quantify
 from lungseg.segment.sliding import predict_volume
 from lungseg.segment.windows import Predictor
-
-MOST_SEARCHED_MM3 = 1e6
-"""A litre, a fifth of both lungs."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +87,7 @@ def segment_by_mean(
         probability = said if probability is None else np.add(probability, said, out=probability)
     assert probability is not None  # there is a network
     probability /= len(networks)
-    found = components(probability, config, working.geometry.spacing_mm, lungs)
-    confidence = confidences(found, probability, working.geometry, config, lungs)
+    found, confidence = find_nodules(probability, working.geometry, config, lungs)
     labels, nodules, surfaces = quantify(
         found, probability, working.geometry, volume, config, lungs, confidence
     )
@@ -129,37 +123,3 @@ def _part_of(
 ) -> Callable[[int, int], None] | None:
     """That of all networks, each taken to have as many windows as this one."""
     return progress and (lambda done, total: progress(number * total + done, count * total))
-
-
-def confidences(
-    labels: np.ndarray,
-    probability: np.ndarray,
-    geometry: Geometry,
-    config: SegmentConfig,
-    lungs: np.ndarray | None = None,
-) -> dict[int, float]:
-    """The highest score of the candidates in each of `labels`, components of `probability` [z, y, x] on the
-    grid of `geometry`; one without a candidate has none.
-
-    Only the surroundings of nodules are searched: to part what runs together anywhere takes many times as
-    long. Surroundings of more than MOST_SEARCHED_MM3, an untrained network's, are not: they say nothing of
-    any place.
-    """
-    if not labels.any():
-        return {}
-    low = cc3d.connected_components(probability > config.candidate_threshold, connectivity=26)
-    voxels = np.bincount(low.ravel())
-    touched = np.zeros(voxels.size, bool)
-    touched[low[labels > 0]] = True
-    touched &= voxels * math.prod(geometry.spacing_mm) <= MOST_SEARCHED_MM3
-    touched[0] = False
-    around = np.where(touched[low], probability, np.float32(0))
-    candidate_labels, candidates = find_candidates(around, geometry, config, lungs)
-    both = (labels > 0) & (candidate_labels > 0)
-    pairs = np.unique(labels[both].astype(np.int64) * (len(candidates) + 1) + candidate_labels[both])
-    best: dict[int, float] = {}
-    for pair in pairs.tolist():
-        label, candidate = divmod(pair, len(candidates) + 1)
-        score = candidates[candidate - 1].score(config.candidate_score)
-        best[label] = max(best.get(label, 0.0), score)
-    return best

@@ -16,6 +16,7 @@ from scipy import ndimage
 
 from lungseg import cli
 from lungseg.config import SegmentConfig
+from lungseg.config.fields import CandidateScore
 from lungseg.dataset.case import LabelledScan
 from lungseg.dataset.cutting import to_grid
 from lungseg.errors import LungsegError, RunError
@@ -28,6 +29,7 @@ from lungseg.evaluate.scans import Member
 from lungseg.runs.ensemble import Ensemble, load_ensemble
 from lungseg.runs.post import Post, recorded_post
 from lungseg.runs.run import Published
+from lungseg.segment.candidates import find_candidates
 from lungseg.storage import Store, keys, open_store
 from lungseg.telemetry import log
 
@@ -88,7 +90,8 @@ def test_the_simplest_within_one_standard_error_of_the_best_is_picked() -> None:
 def test_what_changes_nothing_is_left_as_it_is(tmp_path: Path) -> None:
     post = fitted(open_store(tmp_path), [scan(0.9), scan(0.9)])
     assert post.settings == {
-        "mirror": False, "min_volume_mm3": 14.0, "candidate_score": "max", "threshold": 0.5,
+        "mirror": False, "min_volume_mm3": 14.0, "candidate_score": OWN.candidate_score, "threshold": 0.5,
+        "min_score": OWN.min_score,
     }  # fmt: skip
     assert (post.ranking["value"], post.masks["value"], post.patients) == (1, 1, 2)
     assert len(post.ranking["tried"]) == 2 * 4 * 4
@@ -98,11 +101,26 @@ def test_the_threshold_finds_the_nodules_with_one_false_positive_a_scan(tmp_path
     """Nodules of 0.35 are missed at 0.5. At 0.1 there are two false positives a scan."""
     post = fitted(open_store(tmp_path), [scan(0.35, large=0.25, speck=0.15)] * 3)
     assert post.settings["threshold"] == 0.3
-    rows = {row["threshold"]: row for row in post.masks["tried"]}
+    rows = {row["threshold"]: row for row in post.masks["tried"] if row["min_score"] == 0}
     assert [rows[at]["false_positives_per_scan"] for at in (0.1, 0.2, 0.3)] == [2, 1, 0]
     assert [rows[at]["allowed"] for at in (0.1, 0.2)] == [False, True]
     assert rows[0.2]["value"] == pytest.approx(5 / (5 + 1))
     assert rows[0.5]["value"] == 0
+
+
+def test_the_lowest_score_leaves_out_what_is_bright_and_unsure_and_the_threshold_stays(
+    tmp_path: Path,
+) -> None:
+    """Two false positives a scan, brighter than the nodule, each in the middle of a wide rim of 0.2."""
+    probability = np.maximum(0.8 * cube(6), 0.9 * (cube(20, 3) | cube(36, 3)))
+    rims = ndimage.binary_dilation(probability == 0.9, iterations=3)
+    doubtful = labelled(cube(6) * 1, MM, np.maximum(probability, 0.2 * rims), [7.0])
+    post = fitted(open_store(tmp_path), [doubtful] * 3, fixed=["mirror", "min_volume_mm3"])
+    assert (post.settings["threshold"], post.settings["candidate_score"]) == (0.5, "mean")
+    assert 0.2 < post.settings["min_score"] <= 0.8
+    assert post.masks["value"] == 1
+    rows = {row["min_score"]: row for row in post.masks["tried"] if row["threshold"] == 0.5}
+    assert (rows[0.0]["false_positives_per_scan"], rows[0.0]["allowed"]) == (2, False)
 
 
 def test_a_size_that_leaves_specks_out_is_chosen_where_they_outrank_nodules(tmp_path: Path) -> None:
@@ -140,15 +158,21 @@ def test_the_figures_are_those_of_evaluate() -> None:
     found = labelled(numbers, MM, probability)
     stored = to_grid(found, MM)
     prediction = said(probability, stored)
-    for threshold, volume_mm3 in ((0.6, 30.0), (0.7, 5.0)):
-        config = SegmentConfig(threshold=threshold, min_volume_mm3=volume_mm3, candidate_score="p95")
+    kinds: tuple[CandidateScore, ...] = "p95", "mean"
+    for threshold, volume_mm3, kind, score in ((0.6, 30.0, "p95", 0.0), (0.7, 5.0, "mean", 0.4)):
+        config = SegmentConfig(
+            threshold=threshold, min_volume_mm3=volume_mm3, candidate_score=kind, min_score=score
+        )
         result = evaluate_case(stored, prediction, config)
-        both = masked(stored, prediction, SegmentConfig(), threshold, [volume_mm3])
-        assert both == {volume_mm3: (result.detected, result.false_positives)}
-        hits = candidate_hits(stored, prediction, config)
-        for kind, wanted in result.detection.luna16.items():
-            np.testing.assert_array_equal(hits[kind].nodule_scores, wanted.nodule_scores)
-            np.testing.assert_array_equal(hits[kind].false_positive_scores, wanted.false_positive_scores)
+        candidates = find_candidates(prediction.float32, prediction.geometry, config, prediction.lungs)
+        choices = Choices((False,), (volume_mm3,), kinds, (threshold,), (0.0, score))
+        both = masked(stored, prediction, SegmentConfig(), threshold, {volume_mm3: candidates}, choices)
+        assert both[volume_mm3, kind, score] == (result.detected, result.false_positives)
+        assert (both[volume_mm3, kind, 0.0] != both[volume_mm3, kind, score]) == (score > 0)
+        for kind, found in candidate_hits(stored, candidates[1]).items():
+            wanted = result.detection.luna16[kind]
+            np.testing.assert_array_equal(found.nodule_scores, wanted.nodule_scores)
+            np.testing.assert_array_equal(found.false_positive_scores, wanted.false_positive_scores)
     assert count > 3
     assert result.false_positives > 0
 

@@ -17,10 +17,8 @@ from lungseg.config import Recipe, SegmentConfig
 from lungseg.errors import DataError
 from lungseg.scan.dicom import read_series
 from lungseg.scan.volume import Volume, read_geometry, read_labels
-from lungseg.segment.candidates import find_candidates
 from lungseg.segment.outputs.nifti import write
-from lungseg.segment.postprocess import components
-from lungseg.segment.predict import Segmentation, confidences, segment
+from lungseg.segment.predict import Segmentation, segment
 
 
 def test_a_ball_comes_back_at_its_patient_coordinate_and_size() -> None:
@@ -101,31 +99,6 @@ def test_values_that_are_no_hu_are_warned_of_in_the_result(tmp_path: Path) -> No
     write(segment(dense, volume, RECIPE), tmp_path / "case", scan="s", run="r", checkpoint="1")
     said = json.loads((tmp_path / "case/nodules.json").read_text())
     assert said["warnings"] == ["the values are probably no HU: the lowest is 24"]
-
-
-def test_the_confidence_is_that_of_the_best_candidate_in_a_nodule() -> None:
-    """Two summits in one nodule, one nodule beside it, and a candidate that is no nodule."""
-    probability = np.zeros((7, 7, 40), np.float32)
-    for x, p in ((5, 0.7), (9, 0.9), (20, 0.6), (34, 0.4)):
-        probability[2:5, 2:5, x - 1 : x + 2] = p
-    probability[3, 3, 7] = 0.52  # a valley between the first two
-    labels = components(probability, SegmentConfig(), (1, 1, 1))
-    assert labels.max() == 2
-    searched = confidences(labels, probability, geometry(probability.shape), SegmentConfig())
-    assert searched == {1: pytest.approx(0.9), 2: pytest.approx(0.6)}
-    _, all_candidates = find_candidates(probability, geometry(probability.shape), SegmentConfig())
-    assert sorted(one.max for one in all_candidates) == pytest.approx([0.4, 0.6, 0.7, 0.9])
-
-
-@pytest.mark.parametrize(("side", "expected"), [(40, {1: pytest.approx(0.9)}), (60, {})])
-def test_what_runs_together_over_more_than_a_litre_is_not_searched(
-    side: int, expected: dict[int, object]
-) -> None:
-    """Voxels of 4.9 mm3, all of them above `candidate_threshold`, as of a network that has learnt nothing."""
-    probability = np.full((side,) * 3, 0.12, np.float32)
-    probability[18:22, 18:22, 18:22] = 0.9
-    labels = (probability > 0.5).astype(np.int32)
-    assert confidences(labels, probability, geometry(probability.shape), SegmentConfig()) == expected
 
 
 def tiny(value: int) -> Segmentation:
