@@ -24,8 +24,8 @@ def find_nodules(
     """int32 labels [z, y, x], 1 the largest nodule, and the confidences of those that have one.
 
     Of the `components` of `probability` (float32 [z, y, x] on the grid of `geometry`) those go whose
-    confidence is below `config.min_score`. By the mean it tells decoys from nodules: what a network is sure
-    of has a sharp rim, what it doubts a wide one of low probabilities, however high its middle.
+    confidence is below `config.min_score`. Ranked by the mean, doubt is seen: what a network is sure of has a
+    sharp rim, what it doubts often a wide one of low probabilities, however high its middle.
     """
     labels = components(probability, config, geometry.spacing_mm, lungs)
     confidence = confidences(labels, probability, geometry, config, lungs)
