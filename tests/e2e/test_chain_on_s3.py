@@ -27,8 +27,9 @@ data:
   split: {val: 0.3, test: 0.3}
 model: {width: 4, depth: 3}
 train: {epochs: 2, steps_per_epoch: 4, global_batch: 2, workers: 2, cpus_per_worker: 1}
-segment: {window_zyx: [96, 96, 96]}
+segment: {window_zyx: [96, 96, 96], threshold: 0.9, min_volume_mm3: 1000}
 """
+"""Above 0.5 a network of eight steps marks hundreds of specks, and each of them is measured."""
 
 
 @pytest.fixture(scope="module")

@@ -35,6 +35,7 @@ def make_small() -> None:
     tree["data"]["split"] |= {"val": 0.3, "test": 0.3}
     tree["data"]["patch"]["shape_zyx"] = [16, 16, 16]
     tree["model"] |= {"width": 2, "depth": 2}
+    tree["segment"] |= {"threshold": 0.9, "min_volume_mm3": 1000}  # else hundreds of specks are measured
     tree["train"] |= {"epochs": 4, "steps_per_epoch": 3, "global_batch": 2}
     demo.demo_recipe = lambda: parse_recipe(tree)
 
