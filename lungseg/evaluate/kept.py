@@ -25,6 +25,7 @@ from lungseg.scan.lungs import lung_mask
 from lungseg.scan.resample import resample_onto
 from lungseg.scan.volume import Geometry, Volume, bounding_box
 from lungseg.segment.nodules import find_nodules
+from lungseg.segment.postprocess import components
 from lungseg.segment.quantify import labels_on_scan
 from lungseg.segment.sliding import predict_volume
 from lungseg.segment.windows import Box, Predictor
@@ -54,6 +55,8 @@ class Prediction:
 
     def components(self, config: SegmentConfig) -> np.ndarray:
         """int32 [z, y, x] on `geometry`: as `segment` finds them."""
+        if not config.min_score:  # in a fifth of the time
+            return components(self.float32, config, self.geometry.spacing_mm, self.lungs)
         return find_nodules(self.float32, self.geometry, config, self.lungs)[0]
 
     def own_labels(self, found: np.ndarray, grid: Geometry, threshold: float) -> tuple[np.ndarray, Box]:
