@@ -56,7 +56,7 @@ def confidences(
     low = cc3d.connected_components(probability > config.candidate_threshold, connectivity=26)
     inside = np.flatnonzero(low)  # a small part: whatever is done to all voxels costs many times as much
     of_voxels = low.ravel()[inside]
-    voxels = np.bincount(of_voxels)
+    voxels = np.bincount(of_voxels, minlength=1)
     touched = np.zeros(voxels.size, bool)
     touched[low[labels > 0]] = True
     touched &= voxels * math.prod(geometry.spacing_mm) <= MOST_SEARCHED_MM3

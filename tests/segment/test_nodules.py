@@ -61,3 +61,11 @@ def test_nodules_below_the_lowest_score_go_and_the_others_are_numbered_anew(prob
     assert sure == {1: unsure[2]}
     none, nothing = find_nodules(probability, grid, config.model_copy(update={"min_score": 0.99}))
     assert (none.max(), nothing) == (0, {})
+
+
+def test_nodules_below_the_threshold_of_candidates_have_no_confidence_and_stay(
+    probability: np.ndarray,
+) -> None:
+    config = SegmentConfig(candidate_threshold=0.95, min_score=0.5)
+    labels, confidence = find_nodules(probability, geometry(probability.shape), config)
+    assert (labels.max(), confidence) == (2, {})
