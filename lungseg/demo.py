@@ -55,7 +55,7 @@ def demo_recipe() -> Recipe:
                 "patience_epochs": 4,
             },
             "optimizer": {"learning_rate": 2e-3, "warmup_steps": 20},
-            # After minutes it doubts as many places as it is sure of, and the mean tells which.
+            # After minutes of training most places that it marks are no nodules: their mean is low.
             "segment": {"window_zyx": [96, 96, 96], "candidate_score": "mean", "min_score": 0.5},
         }
     )
