@@ -36,7 +36,8 @@ def tool(name: str, folder: Path) -> str:
 
 @dataclass(frozen=True)
 class Namespace:
-    """One namespace; a command that fails or takes too long fails the test with what it said."""
+    """One namespace; a command that fails or takes too long fails the test with what it said, what the pods
+    are at, and what Kubernetes says of them."""
 
     name: str
     environment: dict[str, str] = field(repr=False)
@@ -59,8 +60,20 @@ class Namespace:
             env=self.environment,
             cwd=ROOT,
         )
-        assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-2000:]}{done.stderr[-3000:]}"
+        said = f"{' '.join(command)}\n{done.stdout[-2000:]}{done.stderr[-3000:]}"
+        assert done.returncode == 0, said + self._state()
         return done.stdout
+
+    def _state(self) -> str:
+        """For whoever reads why a test failed, when the namespace is gone."""
+        asked = (["get", "pods", "-o", "wide"], ["get", "events", "--sort-by=.lastTimestamp"])
+        answers = [
+            subprocess.run(
+                [self.kubectl_binary, "-n", self.name, *words],
+                capture_output=True, text=True, timeout=60, env=self.environment,
+            ) for words in asked
+        ]  # fmt: skip
+        return "".join(f"\n{answer.stdout[-4000:]}{answer.stderr[-500:]}" for answer in answers)
 
     def get(self, *words: str) -> dict[str, Any]:
         answer: dict[str, Any] = json.loads(self.kubectl("get", *words, "-o", "json"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import subprocess
 import sysconfig
 from collections.abc import Callable, Iterator
@@ -20,6 +21,9 @@ from helpers.servers import ROOT
 TOOLS = Path(os.environ.get("LUNGSEG_K8S_TOOLS", ROOT.parent / "shared/k8s"))
 IMAGE = os.environ.get("LUNGSEG_TEST_IMAGE")
 STORE_IMAGE = "docker.io/chrislusf/seaweedfs:4.48"
+DISK = 22 << 30
+"""Bytes of the archive and of what two nodes make of it. Short of them a node takes no pod, and each test
+would wait a quarter of an hour before it fails."""
 BUILT = "docker.io/library/lungseg:0.1.0"
 
 
@@ -41,6 +45,10 @@ def kubeconfig(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     running = Path("/var/tmp/lungseg-k8s/up").exists()
     config = _told(TOOLS / "cluster", "up")
     if IMAGE is None:
+        free = shutil.disk_usage("/var/tmp").free
+        assert free > DISK, (
+            f"{free >> 30} GiB are free below /var/tmp, {DISK >> 30} are needed: remove something"
+        )
         archive = tmp_path_factory.mktemp("image") / "image.tar"
         _told(TOOLS / "image", "build", ROOT, BUILT, archive)
         _told(TOOLS / "cluster", "load", archive)
