@@ -12,7 +12,10 @@ from lungseg.config.fields import CandidateScore, Frozen, Shape
 class SegmentConfig(Frozen):
     """From probabilities to nodules."""
 
-    window_zyx: Shape = Field((96, 96, 96), description="voxels (z, y, x) that are predicted at once")
+    window_zyx: Shape = Field(
+        (96, 96, 96),
+        description="most voxels (z, y, x) predicted at once; fewer, where as many windows do",
+    )
     overlap: float = Field(0.25, ge=0, lt=1, description="share of a window's side that its neighbour covers")
     batch: int = Field(1, ge=1, description="windows predicted at once")
     mirror: bool = Field(

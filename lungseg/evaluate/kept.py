@@ -31,7 +31,8 @@ from lungseg.segment.sliding import predict_volume
 from lungseg.segment.windows import Box, Predictor
 from lungseg.storage import Store, keys
 
-FORMAT = 1
+FORMAT = 2
+"""Raised whenever what is kept, or how a scan is asked about, changes."""
 ASKED = {"window_zyx", "overlap", "mirror", "lungs_only", "second_looks"}
 """The settings that probabilities depend on."""
 Turn = Callable[[Predictor], AbstractContextManager[Predictor]]

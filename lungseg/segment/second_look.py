@@ -13,6 +13,7 @@ import numpy as np
 from scipy import ndimage
 
 from lungseg.config import Recipe, SegmentConfig
+from lungseg.scan.tiling import fitting
 from lungseg.segment.postprocess import components
 from lungseg.segment.windows import (
     HALF_TURNS,
@@ -70,13 +71,6 @@ def places(
         place = [side.start + round(float(offset)) for side, offset in zip(box, middle, strict=True)]
         found.append((-float(inside[highest]), place))
     return [place for _, place in sorted(found)[: recipe.segment.second_looks]]
-
-
-def fitting(window: Sequence[int], shape: Sequence[int], multiple: int) -> tuple[int, ...]:
-    """`window`, no larger than a volume of `shape` rounded down to `multiple`, the network's total stride."""
-    return tuple(
-        min(side, max(1, size // multiple) * multiple) for side, size in zip(window, shape, strict=True)
-    )
 
 
 def around(place: Sequence[int], window: Sequence[int], shape: Sequence[int]) -> Box:

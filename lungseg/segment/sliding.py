@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Callable
 
 import numpy as np
 
 from lungseg.config import Recipe
 from lungseg.errors import ConfigError
+from lungseg.scan.tiling import tiles
 from lungseg.scan.volume import AIR_HU, bounding_box
-from lungseg.segment.second_look import fitting, look_again
+from lungseg.segment.second_look import look_again
 from lungseg.segment.windows import MIRROR_IMAGES, Box, Predictor, WeightedMean, in_flight, mean_of
 
 CONTEXT_VOXELS = 16  # around the lungs' box, for what grows on the pleura
@@ -28,11 +27,10 @@ def predict_volume(
     """Probability float32 [z, y, x] of `volume_hu` (int16 [z, y, x]): the weighted mean of overlapping
     windows, and of a second look at what these found.
 
-    `volume_hu` is on the grid of `recipe.data.spacing_mm`. A window is never larger than the volume rounded
-    down to the network's total stride, so that only a volume thinner than that is filled with air: instance
-    norm takes its statistics of the whole window, and air that no training patch had shifts them. Every
-    call of `predict` has the same shape, `segment.batch` windows, so that a graph is traced once; and once
-    more for the second look.
+    `volume_hu` is on the grid of `recipe.data.spacing_mm`. Every call of `predict` has the same shape,
+    `segment.batch` windows (see `tiles`); those of the second look have another. Only a volume thinner than
+    the network's total stride is filled with air: instance norm takes its statistics of the whole window,
+    and air that no training patch had shifts them.
 
     With `lungs` (nonzero inside, same grid) and `segment.lungs_only`, only the lungs' box and some context
     around it is tiled, and windows without a lung voxel are not predicted: voxels that lie in no window get
@@ -71,13 +69,15 @@ def _tile(
     progress: Callable[[int, int], None] | None,
 ) -> np.ndarray:
     segment, shape = recipe.segment, volume_hu.shape
-    window = fitting(segment.window_zyx, shape, recipe.model.total_stride)
+    patch, stride = recipe.data.patch.shape_zyx, recipe.model.total_stride
+    # None is smaller than the training patches: what a nodule looks like was learned with so much around it.
+    window, corners = tiles(shape, segment.window_zyx, patch, stride, segment.overlap)
     margins = [
         (lack // 2, lack - lack // 2) for lack in (max(0, w - s) for w, s in zip(window, shape, strict=True))
     ]
     padded = np.pad(volume_hu, margins, constant_values=AIR_HU)
     inside = None if lungs is None else np.pad(lungs, margins)
-    boxes = _windows(padded.shape, window, segment.overlap)
+    boxes = [tuple(map(slice, corner, np.add(corner, window).tolist())) for corner in corners]
     if inside is not None:
         boxes = [box for box in boxes if inside[box].any()]
 
@@ -99,16 +99,3 @@ def _tile(
             progress(done, len(boxes))
     look_again(predict, padded, mean, recipe, inside)
     return mean.value()[tuple(slice(low, low + size) for (low, _), size in zip(margins, shape, strict=True))]
-
-
-def _windows(shape: tuple[int, ...], window: tuple[int, ...], overlap: float) -> list[Box]:
-    """Evenly spread windows that cover `shape`, neighbours overlapping by at least `overlap` of a side."""
-    starts = []
-    for size, side in zip(shape, window, strict=True):
-        step = max(1, math.floor(side * (1 - overlap)))
-        count = math.ceil((size - side) / step) + 1
-        starts.append(np.linspace(0, size - side, count).round().astype(int).tolist())
-    return [
-        tuple(slice(low, low + side) for low, side in zip(corner, window, strict=True))
-        for corner in itertools.product(*starts)
-    ]

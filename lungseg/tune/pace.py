@@ -10,6 +10,7 @@ import numpy as np
 
 from lungseg.cluster import connect
 from lungseg.config import Recipe
+from lungseg.scan.tiling import tiles
 from lungseg.storage import Store, keys
 
 LUNGS_MM = (300.0, 260.0, 340.0)
@@ -47,19 +48,15 @@ def scan_seconds(recipe: Recipe, cores: int) -> float:
     set_precision(recipe.train)
     network = BestModel("", "", recipe, with_probability(build_unet(recipe.model), recipe.model))
     segment = recipe.segment
-    batch = np.zeros((segment.batch, *segment.window_zyx, 1), np.float32)
+    box = [round(mm / spacing) for mm, spacing in zip(LUNGS_MM, recipe.data.spacing_mm, strict=True)]
+    window, corners = tiles(
+        box, segment.window_zyx, recipe.data.patch.shape_zyx, recipe.model.total_stride, segment.overlap
+    )
+    batch = np.zeros((segment.batch, *window, 1), np.float32)
     times = []
     for _ in range(1 + _ROUNDS):  # the first one is traced
         began = time.perf_counter()
         network.predict(batch)
         times.append(time.perf_counter() - began)
     images = 8 if segment.mirror else 1
-    return statistics.median(times[1:]) * math.ceil(_windows(recipe) / segment.batch) * images
-
-
-def _windows(recipe: Recipe) -> int:
-    segment, count = recipe.segment, 1
-    for mm, spacing_mm, side in zip(LUNGS_MM, recipe.data.spacing_mm, segment.window_zyx, strict=True):
-        step = max(1, math.floor(side * (1 - segment.overlap)))
-        count *= max(1, math.ceil((mm / spacing_mm - side) / step) + 1)
-    return count
+    return statistics.median(times[1:]) * math.ceil(len(corners) / segment.batch) * images
