@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from lungseg.dataset.stored_scans import StoredScan
 from lungseg.evaluate.case import CaseResult
 from lungseg.evaluate.kept import Prediction
 from lungseg.evaluate.nodule import NoduleScore
+from lungseg.evaluate.scans import AT_ONCE
 from lungseg.scan.resample import resample_onto
 from lungseg.show.page import outlines, png
 
@@ -25,11 +27,34 @@ def worst_nodules(results: Sequence[CaseResult], config: SegmentConfig, look: Lo
     """A picture each of those of lowest Dice, of equal ones the largest first."""
     every = [(row, case.case_id) for case in results for row in case.rows]
     every.sort(key=lambda one: (one[0].outline.dice, -one[0].diameter_mm))
-    return [_picture(row, case_id, config, *look(case_id)) for row, case_id in every[:WORST]]
+    worst = every[:WORST]
+
+    def draw(case_id: str) -> list[dict[str, Any]]:
+        stored, prediction = look(case_id)
+        sure = _sure(prediction, config)
+        rows = [row for row, its_case in worst if its_case == case_id]
+        return [_picture(row, case_id, stored, prediction, sure, config.threshold) for row in rows]
+
+    cases = list(dict.fromkeys(case_id for _, case_id in worst))
+    with ThreadPoolExecutor(AT_ONCE) as threads:
+        drawn = {case_id: iter(those) for case_id, those in zip(cases, threads.map(draw, cases), strict=True)}
+    return [next(drawn[case_id]) for _, case_id in worst]
+
+
+def _sure(prediction: Prediction, config: SegmentConfig) -> np.ndarray:
+    """float32 [z, y, x]: the probability in components that stay, elsewhere the threshold at most. Linear is
+    near enough for a picture: a mask as `predict` brings it onto the scan's grid takes seconds."""
+    below = np.minimum(prediction.float32, np.float32(config.threshold))
+    return np.where(prediction.components(config) > 0, prediction.float32, below)
 
 
 def _picture(
-    row: NoduleScore, case_id: str, config: SegmentConfig, stored: StoredScan, prediction: Prediction
+    row: NoduleScore,
+    case_id: str,
+    stored: StoredScan,
+    prediction: Prediction,
+    sure: np.ndarray,
+    threshold: float,
 ) -> dict[str, Any]:
     """The slice of the scan's own grid with most of the nodule, as `card.picture`; the image is what the
     network saw."""
@@ -48,11 +73,7 @@ def _picture(
     box = (slice(z, z + 1), *(slice(s.start, s.start + n) for s, n in zip(sides, numbers.shape, strict=True)))
     part = truth.geometry.part(box)
     image = resample_onto(stored.volume.volume_hu, stored.volume.geometry, part)[0]
-    # Linear is near enough for a picture: a mask as `predict` brings it onto the scan's grid takes seconds.
-    probability = prediction.float32
-    below = np.minimum(probability, np.float32(config.threshold))
-    inside_only = np.where(prediction.components(config) > 0, probability, below)
-    found = resample_onto(inside_only, prediction.geometry, part)[0] > np.float32(config.threshold)
+    found = resample_onto(sure, prediction.geometry, part)[0] > np.float32(threshold)
     return {
         "case_id": case_id,
         "nodule_id": row.nodule.nodule_id,
