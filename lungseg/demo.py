@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lungseg.cluster import warm_up
 from lungseg.config import Recipe, parse_recipe
 from lungseg.dataset.manifest import Manifest
 from lungseg.dataset.prepare import prepare
@@ -21,6 +22,7 @@ from lungseg.sources.phantom.write import write_phantom
 from lungseg.storage import Store, keys, open_store, to_json
 from lungseg.telemetry import progress, quiet_tensorflow, talks
 from lungseg.train.launch import train
+from lungseg.train.worker import IMPORTS
 
 NAME = "demo"
 LEGEND = """\
@@ -68,6 +70,7 @@ def run_demo(out: Path, store_uri: str) -> None:
     seconds: dict[str, float] = {}
     recipe = demo_recipe()
     _say("lungseg demo: synthetic chest CT (no patients) around real LIDC contours")
+    warm_up(*IMPORTS)  # while the first scans are looked for, which leaves a core free
     with _stage("phantom", seconds), progress("synthetic scans") as report:
         write_phantom(out / "dicom", SCANS, SEED, report)
     with _stage("prepare", seconds), progress("scans prepared") as report:
