@@ -3,10 +3,11 @@
     uv run python tests/benchmarks/predict.py --peer-python peers/bin/python [--rounds 3]
 
 The same plain U-Net (MONAI's DynUNet of equal levels and widths), windows of 96^3 that share a quarter of a
-side, 1 mm, two threads. Each prediction is a new process; contestants take turns within a round. Every one
-brings the scan to 1 mm and the answer back: MONAI tiles the body's box, lungseg what has lung in it, and it
-also measures nodules and writes its page. The real chest CT is CPTAC C3N-00247, which lies in `ct_c3n00247`
-of the folder that `tests/helpers/servers.py` names REAL_DATA; without it there is only the phantom.
+side, lungseg's as small as their number allows, 1 mm, two threads. Each prediction is a new process;
+contestants take turns within a round. Every one brings the scan to 1 mm and the answer back: MONAI tiles the
+body's box, lungseg what has lung in it, and it also measures nodules and writes its page. The real chest CT
+is CPTAC C3N-00247, which lies in `ct_c3n00247` of the folder that `tests/helpers/servers.py` names REAL_DATA;
+without it there is only the phantom.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,11 @@ from lungseg import cli
 from lungseg.config import resegmented
 from lungseg.dataset.case import LabelledScan, Outlines
 from lungseg.dataset.manifest import Manifest
+from lungseg.dataset.stored_scans import StoredScan
 from lungseg.errors import DataError, LungsegError
+from lungseg.evaluate.kept import Prediction, Turn
 from lungseg.evaluate.protocol import Evaluation, evaluate_split
-from lungseg.evaluate.scans import Member
+from lungseg.evaluate.scans import HeldOut, Member
 from lungseg.runs.run import Published
 from lungseg.storage import Store, keys, open_store
 
@@ -202,6 +205,20 @@ def test_the_page_needs_no_other_file_and_shows_charts_and_the_worst_nodules(kno
     assert page.count("data:image/png;base64,") == 4
     assert page.index("c2, n1: 7.0 mm, Dice 0.0000") < page.index("c1, n1: 7.0 mm, Dice 0.6667")
     assert page.count('class="predicted" d="M') == 3  # of the missed one there is nothing to draw
+
+
+def test_for_its_pictures_each_scan_is_looked_at_once_more(
+    known: Evaluated, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked, look = [], HeldOut.look
+
+    def count(one: HeldOut, turn: Turn = nullcontext) -> tuple[StoredScan, Prediction]:
+        looked.append(one.entry.case_id)
+        return look(one, turn)
+
+    monkeypatch.setattr(HeldOut, "look", count)
+    again(known, must_not_be_asked)
+    assert sorted(looked) == ["c0", "c0", "c1", "c1", "c2", "c2", "c3"]  # two of the four nodules are in c0
 
 
 def test_the_page_shows_in_a_browser_without_an_error_or_any_other_file(
