@@ -118,7 +118,9 @@ def row(title: str, ours: list[Found], theirs: list[Found]) -> str:
     )
 
 
-def compare(scans: dict[str, Path], widths: list[int], peer: str, rounds: int, base: Found) -> list[Found]:
+def compare(
+    scans: dict[str, Path], widths: list[int], precisions: list[str], peer: str, rounds: int, base: Found
+) -> list[Found]:
     """Prints the table; each measurement is a record of what is returned."""
     print("| scan | width | precision | windows | s/window | MONAI | ratio | s/scan | MONAI | ratio "
           "| first window, s | MONAI | peak MiB | MONAI |")  # fmt: skip
@@ -126,17 +128,17 @@ def compare(scans: dict[str, Path], widths: list[int], peer: str, rounds: int, b
     records: list[Found] = []
     for (scan, series), width in product(scans.items(), widths):
         found: dict[tuple[str, str], list[Found]] = {}
-        for _, precision, name in product(range(rounds), PRECISIONS, PAIR):
+        for _, precision, name in product(range(rounds), precisions, PAIR):
             job = {**base, "series": str(series), "width": width, "precision": precision}
             job["run"] = f"w{width}-{precision}"
             one = measure(peer if name == "MONAI" else sys.executable, name, job)
             found.setdefault((name, precision), []).append(one)
             records.append({"scan": scan, "width": width, "precision": precision, "by": name, **one})
-        for precision in PRECISIONS:
+        for precision in precisions:
             title = f"{scan} | {width} | {precision}"
             print(row(title, *(found[name, precision] for name in PAIR)), flush=True)
         ours, theirs = (
-            min(PRECISIONS, key=lambda one: statistics.median(r["scan"] for r in found[name, one]))
+            min(precisions, key=lambda one: statistics.median(r["scan"] for r in found[name, one]))
             for name in PAIR
         )
         title = f"{scan} | {width} | fastest: {ours}, {theirs}"
@@ -153,6 +155,8 @@ def main() -> None:
     parser.add_argument("--peer-python", required=True, help="of an environment with torch, monai and itk")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--widths", type=int, nargs="+", default=[8, 16, 32])
+    # A CPU without bfloat16 takes minutes for a window of it.
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     parser.add_argument("--scans", nargs="+", help="some of: real CT, phantom")
     parser.add_argument("--real", type=Path, default=REAL_DATA / "ct_c3n00247", help="folder of the real CT")
     parser.add_argument("--threads", type=int, default=2)
@@ -164,7 +168,9 @@ def main() -> None:
         scans = find_scans(Path(folder) / "scans", options.real)
         chosen = {name: scans[name] for name in options.scans or scans}
         base = {"store": folder, "threads": options.threads}
-        records = compare(chosen, options.widths, options.peer_python, options.rounds, base)
+        records = compare(
+            chosen, options.widths, options.precisions, options.peer_python, options.rounds, base
+        )
     if options.json:
         options.json.write_text("".join(json.dumps(record) + "\n" for record in records))
 

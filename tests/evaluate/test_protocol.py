@@ -7,103 +7,22 @@ import io
 import json
 import math
 import re
-import shutil
-import subprocess
-from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from helpers.scored import hold_out, labelled, network
-from PIL import Image
+from helpers.evaluated import MM, SHAPE, Evaluated, again, evaluate, must_not_be_asked, scans
+from helpers.scored import hold_out, network
 
 from lungseg import cli
-from lungseg.config import resegmented
-from lungseg.dataset.case import LabelledScan, Outlines
-from lungseg.dataset.manifest import Manifest
-from lungseg.dataset.stored_scans import StoredScan
 from lungseg.errors import DataError, LungsegError
-from lungseg.evaluate.kept import Prediction, Turn
-from lungseg.evaluate.protocol import Evaluation, evaluate_split
-from lungseg.evaluate.scans import HeldOut, Member
-from lungseg.runs.run import Published
-from lungseg.storage import Store, keys, open_store
-
-MM = (1.0, 1.0, 1.0)
-SHAPE = (24, 40, 80)
-SIDE = 6
-
-
-def cube(x: int, side: int = SIDE, shift: int = 0) -> np.ndarray:
-    """bool, a cube at column `x`, moved along y."""
-    mask = np.zeros(SHAPE, bool)
-    mask[8 : 8 + side, 10 + shift : 10 + shift + side, x : x + side] = True
-    return mask
-
-
-def scans() -> list[LabelledScan]:
-    """Three patients; the first has two scans. Diameters of readers are 7 mm for cubes of 6 mm.
-
-    c0: two nodules that touch, both found as they are, as one component of probability 0.9.
-    c1: one nodule, found two voxels off; beside it something ignored, which is marked too.
-    c2: one nodule, missed; and a false positive of probability 0.7.
-    c3: neither nodule nor mark.
-    """
-    touching = cube(10) * 1 + cube(16) * 2
-    outlines = {1: Outlines((8, 10, 10), np.ones((2, SIDE, SIDE, SIDE), bool))}
-    ignored = cube(50, 4)
-    return [
-        labelled(touching, MM, 0.9 * (touching > 0), [7.0, 7.0], outlines),
-        labelled(cube(10) * 1 - ignored * 1, MM, np.maximum(0.8 * cube(10, shift=2), 0.6 * ignored), [7.0]),
-        labelled(cube(10) * 1, MM, 0.7 * cube(50), [7.0]),
-        labelled(np.zeros(SHAPE, int), MM),
-    ]
-
-
-@dataclass
-class Evaluated:
-    store: Store
-    manifest: Manifest
-    model: Published
-    out: Path
-    result: Evaluation
-    refused: list[tuple[str, str]]
-
-    @property
-    def tree(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(
-            self.result.json.read_text(), parse_constant=lambda name: pytest.fail(f"{name} in JSON")
-        )
-        return found
-
-
-def evaluate(folder: Path, found: Sequence[LabelledScan], predict: Any = network) -> Evaluated:
-    store = open_store(folder / "store")
-    manifest, model = hold_out(store, found, MM, patients=[0, 0, 1, 2])
-    return again(Evaluated(store, manifest, model, folder / "out", None, []), predict)  # type: ignore[arg-type]
-
-
-def again(one: Evaluated, predict: Any, **settings: Any) -> Evaluated:
-    overrides = [f"segment.{name}={value}" for name, value in settings.items()]
-    model = replace(one.model, recipe=resegmented(one.model.recipe, overrides))
-    refused: list[tuple[str, str]] = []
-    result = evaluate_split(
-        one.store, [Member(model, one.manifest, predict)], "test", one.out, lambda done, total: None,
-        lambda case_id, error: refused.append((case_id, error.code)),
-    )  # fmt: skip
-    return replace(one, result=result, refused=refused)
+from lungseg.storage import keys, open_store
 
 
 @pytest.fixture(scope="module")
 def known(tmp_path_factory: pytest.TempPathFactory) -> Evaluated:
     return evaluate(tmp_path_factory.mktemp("known"), scans())
-
-
-def must_not_be_asked(windows: np.ndarray) -> np.ndarray:
-    raise AssertionError("the network was asked")
 
 
 def test_a_model_of_known_quality_gets_the_figures_computed_by_hand(known: Evaluated) -> None:
@@ -196,51 +115,6 @@ def test_nnunets_summary_leaves_empty_scans_out(known: Evaluated) -> None:
     assert found["mean"]["1"]["TP"] == pytest.approx((2 * 216 + 144) / 4)
     counted = sum(found["metric_per_case"][1]["metrics"]["1"][name] for name in ("TP", "FP", "FN", "TN"))
     assert counted == np.prod(SHAPE) - 64  # what is ignored does not count
-
-
-def test_the_page_needs_no_other_file_and_shows_charts_and_the_worst_nodules(known: Evaluated) -> None:
-    page = known.result.text.with_suffix(".html").read_text()
-    assert "http" not in page.replace("http://www.w3.org", "")
-    assert page.count('<svg class="chart"') == 3
-    assert page.count("data:image/png;base64,") == 4
-    assert page.index("c2, n1: 7.0 mm, Dice 0.0000") < page.index("c1, n1: 7.0 mm, Dice 0.6667")
-    assert page.count('class="predicted" d="M') == 3  # of the missed one there is nothing to draw
-
-
-def test_for_its_pictures_each_scan_is_looked_at_once_more(
-    known: Evaluated, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    looked, look = [], HeldOut.look
-
-    def count(one: HeldOut, turn: Turn = nullcontext) -> tuple[StoredScan, Prediction]:
-        looked.append(one.entry.case_id)
-        return look(one, turn)
-
-    monkeypatch.setattr(HeldOut, "look", count)
-    again(known, must_not_be_asked)
-    assert sorted(looked) == ["c0", "c0", "c1", "c1", "c2", "c2", "c3"]  # two of the four nodules are in c0
-
-
-def test_the_page_shows_in_a_browser_without_an_error_or_any_other_file(
-    known: Evaluated, tmp_path: Path
-) -> None:
-    """On a phone's width, where tables scroll in their own boxes and the page does not."""
-    browser = shutil.which("chromium") or shutil.which("google-chrome")
-    assert browser, "install a browser: apt-get install chromium"
-    page, shot = known.result.text.with_suffix(".html"), tmp_path / "page.png"
-    done = subprocess.run(
-        [browser, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
-         f"--user-data-dir={tmp_path / 'profile'}", "--window-size=500,6000", f"--screenshot={shot}",
-         page.resolve().as_uri()],
-        check=True, capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
-    assert "CONSOLE" not in done.stderr
-    text = page.read_text()
-    assert not re.search(r'(src|href)="(?!data:image/png;base64,)|url\(|@import|<script', text)
-    assert "little.</strong> Scans" in " ".join(text.split())
-    pixels = np.asarray(Image.open(shot).convert("RGB")).reshape(-1, 3)
-    for colour in ((255, 176, 0), (255, 92, 168)):  # truth and prediction
-        assert (pixels == colour).all(axis=1).sum() > 50
 
 
 def test_people_read_the_same_figures_and_how_the_seed_took_its_four(known: Evaluated) -> None:
