@@ -66,11 +66,11 @@ def run_worker(job: Job, session: Session) -> None:
     """
     recipe = job.recipe
     strategy = make_strategy(recipe, session.world_size, session.threads)
+    heed_sigterm_again()  # at once: till then a notice is TensorFlow's, and lost
     precision = set_precision(recipe.train)
     per_pass = steps_per_pass(job.manifest.rows("train"), recipe.train.global_batch)
     steps = recipe.train.steps_per_epoch or per_pass
     stepper = Stepper(recipe, strategy, steps * recipe.train.epochs)
-    heed_sigterm_again()
     checkpoints = Checkpoints(job.store, job.root)
     lease = claim(job.store, job.root, job.driver) if session.rank == 0 else None
     found = _restore(job, session, checkpoints, stepper)
