@@ -83,7 +83,7 @@ class ShardConfig(Frozen):
         exclude_if=lambda share: share is None,  # data sets of before are the same without it
         description="of training patches, those on nodules, by repeating either; default: as cut",
     )
-    codec: Codec = Field("planes-lz4", description="of images; planes: low and high bytes apart")
+    codec: Codec = Field("planes-lz4", description="of images; planes: like bits or bytes together")
     seed: Seed = Field(0, description="of the shuffle over all scans")
 
     def batches_of_get(self, patch_bytes: int) -> int:

@@ -98,11 +98,9 @@ class Fetcher:
                 self._open.popitem(last=False)
 
         def decode(data: Buffer) -> None:
-            codec = extent.shard.codec
             try:
-                columns = shards.decode(extent.part(data, batch), self._shape, codec)
-                shards.copy_images(columns, codec, piece.start, piece.stop, out.image_hu)
-                shards.copy_masks(columns, codec, piece.start, piece.stop, out.mask)
+                columns = shards.decode(extent.part(data, batch), self._shape, extent.shard.codec)
+                shards.copy_rows(columns, piece.start, piece.stop, out.image_hu, out.mask)
             except BaseException as error:
                 done(error)
             else:
