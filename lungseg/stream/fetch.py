@@ -13,14 +13,13 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
 
 from lungseg.config import StreamConfig
 from lungseg.dataset import shards
-from lungseg.dataset.shards import Buffer, Extent
+from lungseg.dataset.shards import Buffer, Extent, RecordBatch
 from lungseg.errors import LungsegError
 from lungseg.storage import Patience, Read, ReadCancelled, Store
 from lungseg.stream.cache import DiskCache
@@ -34,14 +33,6 @@ from lungseg.telemetry import (
     STREAM_HEDGES,
     STREAM_RETRIES,
 )
-
-
-@dataclass(frozen=True)
-class RowsOut:
-    """Memory that the rows of a piece are decoded into: int16 HU and uint8 masks, both [row, z, y, x]."""
-
-    image_hu: np.ndarray
-    mask: np.ndarray
 
 
 class Fetcher:
@@ -71,7 +62,7 @@ class Fetcher:
         # Decoding holds a core and not the network: more threads than cores would only take turns.
         cores = len(os.sched_getaffinity(0))
         self._decoders = ThreadPoolExecutor(min(4, cores), thread_name_prefix="lungseg-stream-decode")
-        self._open: OrderedDict[int, _Fetched] = OrderedDict()
+        self._open: OrderedDict[int, Future[Buffer]] = OrderedDict()
         self._failed = threading.Event()
 
     def __enter__(self) -> Self:
@@ -86,35 +77,36 @@ class Fetcher:
         self._decoders.shutdown(wait=True, cancel_futures=True)
         self._open.clear()
 
-    def submit(self, piece: RowSlice, out: RowsOut, done: Callable[[BaseException | None], None]) -> None:
-        """Decode a piece into `out`, and then call `done` on the thread that did it, with what went wrong or
-        None. After the first failure others are cancelled."""
-        of, batch = self._batches[piece.record_batch]
-        extent = self._extents[of]
+    def submit(self, pieces: Sequence[RowSlice], image_hu: np.ndarray, mask: np.ndarray) -> Future[None]:
+        """Decode one piece after another into int16 HU and uint8 masks, both [row, z, y, x]. After the first
+        failure others are cancelled.
+
+        The thread that decodes waits for the bytes: batches are wanted in this order, and those behind want
+        the same extents, or later ones.
+        """
+        wanted = [(piece, *self._wanted(piece.record_batch)) for piece in pieces]
+        return self._decoders.submit(self._decode, wanted, image_hu, mask)
+
+    def _wanted(self, record_batch: int) -> tuple[Extent, RecordBatch, Future[Buffer]]:
+        of, batch = self._batches[record_batch]
         if of not in self._open:
-            self._open[of] = fetched = _Fetched()
-            self._readers.submit(self._bytes, extent).add_done_callback(fetched.arrive)
+            self._open[of] = self._readers.submit(self._bytes, self._extents[of])
             if len(self._open) > self._most_open:
                 self._open.popitem(last=False)
+        return self._extents[of], batch, self._open[of]
 
-        def decode(data: Buffer) -> None:
-            try:
-                columns = shards.decode(extent.part(data, batch), self._shape, extent.shard.codec)
-                shards.copy_rows(columns, piece.start, piece.stop, out.image_hu, out.mask)
-            except BaseException as error:
-                done(error)
-            else:
-                done(None)
-
-        def hand_on(data: Buffer | BaseException) -> None:
-            try:
-                if isinstance(data, BaseException):
-                    raise data
-                self._decoders.submit(decode, data)
-            except BaseException as error:  # of the read, or the stream has ended
-                done(error)
-
-        self._open[of].then(hand_on)
+    def _decode(
+        self,
+        wanted: Sequence[tuple[RowSlice, Extent, RecordBatch, Future[Buffer]]],
+        image_hu: np.ndarray,
+        mask: np.ndarray,
+    ) -> None:
+        row = 0
+        for piece, extent, batch, fetched in wanted:
+            upto = row + piece.stop - piece.start
+            columns = shards.decode(extent.part(fetched.result(), batch), self._shape, extent.shard.codec)
+            shards.copy_rows(columns, piece.start, piece.stop, image_hu[row:upto], mask[row:upto])
+            row = upto
 
     def _bytes(self, extent: Extent) -> Buffer:
         if self._failed.is_set():
@@ -138,33 +130,6 @@ class Fetcher:
 
     def _fetch(self, extent: Extent) -> Buffer:
         return shards.fetch(self._store, extent, self._refetches, self._reads.get)
-
-
-class _Fetched:
-    """The bytes of an extent, or why there are none, and who waits for them. A Future would keep its
-    callbacks, and through them every batch that was ever cut from the extent."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._outcome: Buffer | BaseException | None = None
-        self._waiting: list[Callable[[Buffer | BaseException], None]] = []
-
-    def then(self, call: Callable[[Buffer | BaseException], None]) -> None:
-        with self._lock:
-            if self._outcome is None:
-                self._waiting.append(call)
-                return
-        call(self._outcome)
-
-    def arrive(self, done: Future[Buffer]) -> None:
-        try:
-            outcome: Buffer | BaseException = done.result()
-        except BaseException as error:  # also of one that was cancelled
-            outcome = error
-        with self._lock:
-            self._outcome, waiting, self._waiting = outcome, self._waiting, []
-        for call in waiting:
-            call(outcome)
 
 
 class _Race:

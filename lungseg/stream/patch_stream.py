@@ -8,7 +8,6 @@ arrives first.
 from __future__ import annotations
 
 import math
-import threading
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ from lungseg.dataset.manifest import Manifest
 from lungseg.storage import Store
 from lungseg.stream import order
 from lungseg.stream.cache import DiskCache
-from lungseg.stream.fetch import Fetcher, RowsOut
+from lungseg.stream.fetch import Fetcher
 from lungseg.stream.slabs import Slabs
 from lungseg.telemetry import QUEUE_DEPTH, STREAM_PATCHES, STREAM_WAIT_SECONDS
 
@@ -90,7 +89,7 @@ class PatchStream:
         # Of tiny patches a million would fit; more than keep all threads busy for a while helps nobody.
         self._ahead = min(max(1, fits), 4 * config.threads)
         self._slabs = Slabs(3 * self._share * math.prod(self._shape))
-        self._waiting: deque[_Slot] = deque()
+        self._waiting: deque[tuple[Batch, Future[None]]] = deque()
         self._fetcher: Fetcher | None = None
         self.waited_seconds = 0.0
 
@@ -114,9 +113,10 @@ class PatchStream:
             self._fill()
             if not self._waiting:
                 return
-            QUEUE_DEPTH.set(sum(slot.full for slot in self._waiting))
+            QUEUE_DEPTH.set(sum(decoded.done() for _, decoded in self._waiting))
             began = time.perf_counter()
-            batch = self._waiting.popleft().ready.result()
+            batch, decoded = self._waiting.popleft()
+            decoded.result()
             waited = time.perf_counter() - began
             self.waited_seconds += waited
             STREAM_WAIT_SECONDS.inc(waited)
@@ -143,43 +143,13 @@ class PatchStream:
             step, pieces = next(self._plan, (-1, None))
             if pieces is None:
                 return
-            slot = _Slot(Batch(step, self._first_row, *self._empty()), len(pieces))
-            row = 0
-            for piece in pieces:
-                upto = row + piece.stop - piece.start
-                out = RowsOut(slot.batch.image_hu[row:upto], slot.batch.mask[row:upto])
-                self._fetcher.submit(piece, out, slot.decoded)
-                row = upto
-            slot.batch.image_hu[row:] = 0
-            slot.batch.mask[row:] = IGNORE
-            self._waiting.append(slot)
+            image, mask = self._empty()
+            rows = sum(piece.stop - piece.start for piece in pieces)
+            image[rows:], mask[rows:] = 0, IGNORE
+            decoded = self._fetcher.submit(pieces, image[:rows], mask[:rows])
+            self._waiting.append((Batch(step, self._first_row, image, mask), decoded))
 
     def _empty(self) -> tuple[np.ndarray, np.ndarray]:
         shape, slab = (self._share, *self._shape), self._slabs.take()
         image, mask = slab[: len(slab) // 3 * 2], slab[len(slab) // 3 * 2 :]
         return image.view(np.int16).reshape(shape), mask.reshape(shape)
-
-
-class _Slot:
-    """A batch in the making, whose pieces are decoded into it on several threads."""
-
-    def __init__(self, batch: Batch, pieces: int) -> None:
-        self.batch = batch
-        self.ready: Future[Batch] = Future()
-        self.full = not pieces  # told without the lock of `ready`
-        self._missing = pieces
-        self._lock = threading.Lock()
-        if not pieces:
-            self.ready.set_result(batch)
-
-    def decoded(self, error: BaseException | None) -> None:
-        """The last piece, or the first failure, makes the batch ready."""
-        with self._lock:
-            self._missing -= 1
-            if self.ready.done():
-                return
-            if error:
-                self.ready.set_exception(error)
-            elif not self._missing:
-                self.full = True
-                self.ready.set_result(self.batch)

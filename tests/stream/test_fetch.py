@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import queue
 import threading
 import time
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from lungseg.dataset.manifest import Manifest
 from lungseg.dataset.shards import Patch, write_shard
 from lungseg.errors import StorageError
 from lungseg.storage import Patience, Read, ReadCancelled, S3Store, open_store
-from lungseg.stream.fetch import Fetcher, Reads, RowsOut
+from lungseg.stream.fetch import Fetcher, Reads
 from lungseg.stream.order import RowSlice
 from lungseg.stream.patch_stream import PatchStream
 from lungseg.stream.slabs import Slabs
@@ -260,11 +259,9 @@ def test_after_a_failure_no_further_read_is_begun(s3_uri: str) -> None:
     store.delete(["data/d/shards/train-00000.arrow"])
     counted = Counted()
     with Fetcher(store, manifest.extents("train"), SHAPE, StreamConfig(threads=1), None, 1) as fetcher:
-        out = RowsOut(np.empty((2, *SHAPE), np.int16), np.empty((2, *SHAPE), np.uint8))
-        ended: list[queue.SimpleQueue[BaseException | None]] = [queue.SimpleQueue() for _ in range(6)]
-        for number, one in enumerate(ended):
-            fetcher.submit(RowSlice(number, 0, 2), out, one.put)
-        errors = [one.get(timeout=60) for one in ended]
+        out = np.empty((2, *SHAPE), np.int16), np.empty((2, *SHAPE), np.uint8)
+        ended = [fetcher.submit([RowSlice(number, 0, 2)], *out) for number in range(6)]
+        errors = [one.exception(timeout=60) for one in ended]
         assert isinstance(errors[0], StorageError)
         assert errors[0].code == "object-missing"
         assert [type(error) for error in errors[1:]] == [CancelledError] * 5
