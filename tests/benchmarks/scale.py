@@ -43,7 +43,7 @@ class Cluster:
     rows_per_record_batch: int = flag(ShardConfig().rows_per_batch, "patches of a record batch")
     batches_per_get: int = flag(PER_GET, "record batches of an extent, so of one GET, of patches of 64^3")
     patch_shape_zyx: Sequence[int] = flag(PatchConfig().shape_zyx, "voxels")
-    compression_ratio: float = flag(2.2, "3 bytes a voxel to stored, ASSUMED; one CT by planes-lz4: 2.27")
+    compression_ratio: float = flag(2.2, "3 bytes a voxel to stored, ASSUMED; one CT by planes-lz4: 2.44")
     dataset_patches: int = flag(17_000, "read in a pass; LIDC-IDRI: 888 scans of about 19")
     cache_bytes_per_node: float = flag(0.0, "disk cache of stored bytes, once it is full")
     node_gbit_per_s: float = flag(25.0, "network interface of a node")
