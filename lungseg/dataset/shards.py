@@ -32,6 +32,7 @@ from lungseg.storage import Store
 from lungseg.telemetry import CHECKSUM_FAILURES
 
 FORMAT = 5
+READ = (4, FORMAT)
 POSITIVE = STRATA[0]
 
 # By codec what Blosc compresses images with, and how hard: beyond these levels LZ4 knows no more, and
@@ -41,7 +42,7 @@ _MASKS = ("lz4", blosc.NOSHUFFLE, 9)
 blosc.set_blocksize(1 << 16)  # as large as a patch each decoding thread would keep some 20 MiB
 blosc.set_nthreads(1)  # patches are decoded beside each other, and a fork would not take its threads along
 blosc.set_releasegil(True)
-
+_FORMAT_4 = {b"\x04\x22\x4d\x18": "lz4", b"\x28\xb5\x2f\xfd": "zstd"}  # by what its frames begin with
 
 Buffer = bytes | memoryview
 
@@ -237,6 +238,13 @@ def _frames(column: pa.BinaryArray, start: int, stop: int) -> list[pa.Buffer]:
 
 def _unpack(frame: pa.Buffer, out: np.ndarray) -> None:
     """Into contiguous memory, of which Blosc takes as much as the frame says."""
+    if of_format_4 := _FORMAT_4.get(frame.slice(0, 4).to_pybytes()):
+        voxels = pa.decompress(frame, out.nbytes, of_format_4)
+        low, *high = np.frombuffer(voxels, np.uint8).reshape(out.itemsize, *out.shape)
+        out[:] = low
+        for one in high:
+            out += np.left_shift(one, 8, dtype=np.int16)
+        return
     if blosc.get_cbuffer_sizes(frame)[:2] != (out.nbytes, frame.size) or not out.flags.c_contiguous:
         raise ValueError(f"a frame of {frame.size} bytes is not of {out.nbytes} contiguous ones")
     blosc.decompress_ptr(frame, out.ctypes.data)

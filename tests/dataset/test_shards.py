@@ -137,6 +137,25 @@ def test_masks_are_compressed_by_every_codec_and_noisy_images_by_planes_only(tmp
     assert max(size["planes-lz4"], size["planes-zstd"]) < 1.3
 
 
+@pytest.mark.parametrize("codec", ["raw", "planes-lz4", "planes-zstd"])
+def test_frames_of_format_4_are_read(codec: Codec) -> None:
+    """Low and high bytes of each patch, compressed by Arrow; else runs on such data sets were lost."""
+    one = dataclasses.replace(patch(1), image_hu=np.linspace(-1024, 3071, 60).astype(np.int16).reshape(SHAPE))
+    file, (batch,) = encode([[one]], SHAPE, codec)
+    columns = decode(file[batch.offset : batch.offset + batch.bytes], SHAPE, codec)
+    for name, planes in (
+        ("image", [one.image_hu.astype(np.uint8), (one.image_hu >> 8).astype(np.uint8)]),
+        ("mask", [one.mask]),
+    ):
+        if pa.types.is_binary(columns[name].type):
+            frame = pa.compress(np.stack(planes), "zstd" if codec == "planes-zstd" else "lz4", asbytes=True)
+            columns = columns.set_column(columns.schema.get_field_index(name), name, pa.array([frame]))
+    image, mask = np.full((1, *SHAPE), 7, np.int16), np.full((1, *SHAPE), 7, np.uint8)
+    copy_rows(columns, 0, 1, image, mask)
+    np.testing.assert_array_equal(image[0], one.image_hu)
+    np.testing.assert_array_equal(mask[0], one.mask)
+
+
 def test_a_frame_writes_no_further_than_the_memory_that_it_is_for() -> None:
     """A manifest that says a smaller shape would have others' memory written over."""
     file, (batch,) = encode([[patch(0)]], SHAPE, "planes-lz4")
