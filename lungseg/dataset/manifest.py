@@ -9,7 +9,7 @@ from typing import Any
 
 from lungseg.config import DataConfig
 from lungseg.dataset.case import Exclusion, ScanFacts
-from lungseg.dataset.shards import FORMAT, READ, Extent, Shard
+from lungseg.dataset.shards import FORMAT, READABLE, Extent, Shard
 from lungseg.dataset.stored_scans import FORMAT as SCAN_FORMAT
 from lungseg.dataset.stored_scans import StoredScanEntry
 from lungseg.errors import DataError
@@ -75,7 +75,7 @@ def load_manifest(store: Store, name: str) -> Manifest:
         remedy = f"run `lungseg prepare`; finished data sets here: {', '.join(done) or 'none'}"
         raise DataError("data-missing", store=store.uri, data=name, remedy=remedy)
     tree = store.get_json(key)
-    if not isinstance(tree, dict) or tree.pop("format", None) not in READ:
+    if not isinstance(tree, dict) or tree.pop("format", None) not in READABLE:
         raise DataError("manifest-format", key=key, remedy="prepare the data again with this version")
     tree["shards"] = {s: tuple(map(Shard.from_json, shards)) for s, shards in tree["shards"].items()}
     tree["held_out"] = {

@@ -32,14 +32,14 @@ from lungseg.storage import Store
 from lungseg.telemetry import CHECKSUM_FAILURES
 
 FORMAT = 5
-READ = (4, FORMAT)
+READABLE = (4, FORMAT)
 POSITIVE = STRATA[0]
 
 # By codec what Blosc compresses images with, and how hard: beyond these levels LZ4 knows no more, and
 # Zstandard takes far longer for little.
 _IMAGES = {"planes-lz4": ("lz4", blosc.BITSHUFFLE, 9), "planes-zstd": ("zstd", blosc.SHUFFLE, 3)}
 _MASKS = ("lz4", blosc.NOSHUFFLE, 9)
-blosc.set_blocksize(1 << 16)  # as large as a patch each decoding thread would keep some 20 MiB
+blosc.set_blocksize(1 << 16)  # with blocks of a whole patch each decoding thread kept some 20 MiB
 blosc.set_nthreads(1)  # patches are decoded beside each other, and a fork would not take its threads along
 blosc.set_releasegil(True)
 _FORMAT_4 = {b"\x04\x22\x4d\x18": "lz4", b"\x28\xb5\x2f\xfd": "zstd"}  # by what its frames begin with
