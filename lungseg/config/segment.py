@@ -31,7 +31,7 @@ class SegmentConfig(Frozen):
         0.1, gt=0, lt=1, description="probability from which a voxel may be of a candidate, for the FROC"
     )
     candidate_score: CandidateScore = Field(
-        "max", description="which of a candidate's probabilities ranks it"
+        "p95", description="which of a candidate's probabilities ranks it"
     )
     min_score: float = Field(
         0.0, ge=0, lt=1, description="nodules whose candidate has a lower candidate_score go"

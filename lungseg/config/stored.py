@@ -15,7 +15,7 @@ from typing import Any
 from lungseg.config.recipe import Recipe, parse_recipe
 from lungseg.errors import ConfigError
 
-FORMAT = 3
+FORMAT = 4
 
 
 def store_recipe(recipe: Recipe) -> dict[str, Any]:
@@ -54,4 +54,8 @@ def _from_2(tree: dict[str, Any]) -> None:
     tree["tune"] = tune
 
 
-_MIGRATIONS: dict[int, Callable[[dict[str, Any]], None]] = {1: _from_1, 2: _from_2}
+def _from_3(tree: dict[str, Any]) -> None:
+    tree.setdefault("segment", {}).setdefault("candidate_score", "max")
+
+
+_MIGRATIONS: dict[int, Callable[[dict[str, Any]], None]] = {1: _from_1, 2: _from_2, 3: _from_3}

@@ -31,6 +31,14 @@ def test_settings_of_format_1_have_their_names_of_today() -> None:
     assert tree["train"]["val_dice"] == "patches"  # what was read is not changed
 
 
+def test_trees_before_format_4_that_say_no_score_rank_by_the_highest_probability() -> None:
+    tree = {**store_recipe(RECIPE), "format": 3}
+    assert stored_recipe(tree) == RECIPE
+    del tree["segment"]["candidate_score"]
+    assert stored_recipe(tree).segment.candidate_score == "max"
+    assert stored_recipe({**tree, "format": FORMAT}).segment.candidate_score == "p95"
+
+
 def test_what_a_later_version_wrote_is_refused_with_the_remedy() -> None:
     with pytest.raises(ConfigError, match="recipe-newer") as caught:
         stored_recipe({**store_recipe(RECIPE), "format": FORMAT + 1})

@@ -126,7 +126,7 @@ def test_the_lowest_score_leaves_out_what_is_bright_and_unsure_and_the_threshold
 def test_a_size_that_leaves_specks_out_is_chosen_where_they_outrank_nodules(tmp_path: Path) -> None:
     post = fitted(open_store(tmp_path), [scan(0.8, speck=0.9)] * 3, fixed=["mirror", "candidate_score"])
     assert post.settings["min_volume_mm3"] in (30.0, 60.0)
-    assert {row["candidate_score"] for row in post.ranking["tried"]} == {"max"}
+    assert {row["candidate_score"] for row in post.ranking["tried"]} == {OWN.candidate_score}
     assert post.ranking["value"] == 1
 
 
@@ -181,7 +181,7 @@ def test_settings_that_are_given_are_not_tried() -> None:
     own = SegmentConfig(threshold=0.45, mirror=True)
     found = Choices.of(own, ["mirror", "candidate_score"])
     assert found.mirror == (True,)
-    assert found.candidate_score == ("max",)
+    assert found.candidate_score == (own.candidate_score,)
     assert 0.45 in found.threshold
     assert 14.0 in found.min_volume_mm3
 
