@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Literal
 
@@ -22,8 +23,14 @@ def choose_precision(config: TrainConfig) -> Precision:
     if gpus:
         capability = tf.config.experimental.get_device_details(gpus[0]).get("compute_capability", (0, 0))
         return gpu_precision(capability)
-    cpuinfo = Path("/proc/cpuinfo")
-    return cpu_precision(cpuinfo.read_text(encoding="ascii", errors="replace") if cpuinfo.exists() else "")
+    return cpu_precision(described_cpus())
+
+
+@functools.cache
+def described_cpus() -> str:
+    """What Linux says of this machine's CPUs, nothing where it is not Linux."""
+    path = Path("/proc/cpuinfo")
+    return path.read_text(encoding="ascii", errors="replace") if path.exists() else ""
 
 
 def cpu_precision(cpuinfo: str) -> Precision:

@@ -14,6 +14,7 @@ import keras
 import tensorflow as tf
 
 from lungseg.config import ModelConfig
+from lungseg.model.conv import Conv3D
 from lungseg.model.norm import InstanceNorm
 
 _HE = "he_normal"
@@ -148,7 +149,7 @@ def _conv(
     activate: bool = True,
 ) -> Any:
     """Convolution, norm and activation."""
-    features = keras.layers.Conv3D(
+    features = Conv3D(
         width,
         size,
         strides,

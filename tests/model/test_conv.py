@@ -1,0 +1,77 @@
+"""Convolutions give what Keras' own give, forwards and backwards, by whichever kernel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from lungseg.model import conv
+from lungseg.model.conv import Conv3D, padding_first_pays
+
+AVX2 = "processor : 0\nvendor_id : AuthenticAMD\nflags : fpu sse avx avx2 fma\n"
+AVX512 = AVX2.replace("fma", "fma avx512f avx512_bf16")
+
+
+def pair(width: int, strides: int, channels: int) -> tuple[keras.layers.Layer, keras.layers.Layer]:
+    """Ours and Keras', with the same weights."""
+    layers = [kind(width, 3, strides, padding="same") for kind in (Conv3D, keras.layers.Conv3D)]
+    for layer in layers:
+        layer.build((None, None, None, None, channels))
+    layers[1].set_weights(layers[0].get_weights())
+    return layers[0], layers[1]
+
+
+def gradients(layer: keras.layers.Layer, features: tf.Tensor) -> list[Any]:
+    with tf.GradientTape() as tape:
+        tape.watch(features)
+        output = layer(features)
+        loss = tf.reduce_sum(
+            output * tf.sin(tf.reshape(tf.range(tf.size(output), dtype=tf.float32), output.shape))
+        )
+    return [output, *tape.gradient(loss, [features, *(weight.value for weight in layer.weights)])]
+
+
+@pytest.mark.parametrize("pays", [True, False])
+@pytest.mark.parametrize(("shape", "strides", "width"), [
+    ((2, 5, 6, 7, 3), 1, 4), ((1, 8, 4, 6, 1), 2, 8), ((3, 3, 3, 3, 16), 1, 16),
+])  # fmt: skip
+def test_output_and_gradients_are_those_of_keras(
+    shape: tuple[int, ...], strides: int, width: int, pays: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conv, "padding_first_pays", lambda *_: pays)
+    features = tf.constant(np.random.default_rng(0).normal(0, 1, shape), tf.float32)
+    ours, theirs = pair(width, strides, shape[-1])
+    for found, wanted in zip(gradients(ours, features), gradients(theirs, features), strict=True):
+        np.testing.assert_allclose(found, wanted, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("described", "padding"), [(AVX2, b"VALID"), (AVX512, b"SAME")])
+def test_the_cpu_chooses_the_kernel(described: str, padding: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conv, "described_cpus", lambda: described)
+    layer, _ = pair(8, 1, 8)
+    graph = tf.function(lambda features: gradients(layer, features)).get_concrete_function(
+        tf.TensorSpec((1, 4, 4, 4, 8))
+    )
+    (operation,) = [one for one in graph.graph.get_operations() if one.type == "Conv3DBackpropFilterV2"]
+    assert operation.get_attr("padding") == padding
+
+
+@pytest.mark.parametrize(("dtype", "channels", "described", "pays"), [
+    ("float32", 16, AVX2, True), ("float32", 1, AVX2, True), ("float32", 17, AVX2, False),
+    ("bfloat16", 8, AVX2, False), ("float32", 8, AVX512, False), ("float32", 8, "", False),
+])  # fmt: skip
+def test_padding_first_pays_for_few_channels_on_cpus_with_avx2_alone(
+    dtype: str, channels: int, described: str, pays: bool
+) -> None:
+    assert padding_first_pays(described, tf.as_dtype(dtype), channels) == pays
+
+
+def test_wide_layers_and_single_voxels_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conv, "described_cpus", lambda: AVX2)
+    monkeypatch.setattr(conv, "_padding_first", None)
+    for channels, width, size in ((32, 8, 3), (8, 32, 3), (8, 8, 1)):
+        assert Conv3D(width, size, padding="same")(tf.zeros((1, 4, 4, 4, channels))).shape[-1] == width
