@@ -14,7 +14,7 @@ from lungseg.model.precision import described_cpus
 
 @keras.saving.register_keras_serializable("lungseg")
 class Conv3D(keras.layers.Conv3D):
-    """Keras' own, with padding "same" and sides that are multiples of the strides.
+    """Keras' own, for sides that are multiples of the strides where padding is "same".
 
     oneDNN has no kernel for AVX2 that takes padding along z when it computes the gradient of a kernel: it
     copies the features for each of 27 offsets and multiplies matrices, which for few channels takes up to
@@ -22,8 +22,10 @@ class Conv3D(keras.layers.Conv3D):
     """
 
     def convolution_op(self, inputs: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
-        pads = max(self.kernel_size) > 1 and not tf.config.get_visible_devices("GPU")
-        if pads and padding_first_pays(described_cpus(), inputs.dtype, max(inputs.shape[-1], self.filters)):
+        pads = self.padding == "same" and max(self.kernel_size) > 1
+        on_cpu = not tf.config.get_visible_devices("GPU")
+        channels = max(inputs.shape[-1], self.filters)
+        if pads and on_cpu and padding_first_pays(described_cpus(), inputs.dtype, channels):
             return _padding_first(self.strides)(inputs, tf.convert_to_tensor(kernel))
         return super().convolution_op(inputs, kernel)
 

@@ -70,8 +70,10 @@ def test_padding_first_pays_for_few_channels_on_cpus_with_avx2_alone(
     assert padding_first_pays(described, tf.as_dtype(dtype), channels) == pays
 
 
-def test_wide_layers_and_single_voxels_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_layers_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conv, "described_cpus", lambda: AVX2)
     monkeypatch.setattr(conv, "_padding_first", None)
-    for channels, width, size in ((32, 8, 3), (8, 32, 3), (8, 8, 1)):
-        assert Conv3D(width, size, padding="same")(tf.zeros((1, 4, 4, 4, channels))).shape[-1] == width
+    for channels, width, size, padding in (
+        (32, 8, 3, "same"), (8, 32, 3, "same"), (8, 8, 1, "same"), (8, 8, 3, "valid"),
+    ):  # fmt: skip
+        assert Conv3D(width, size, padding=padding)(tf.zeros((1, 4, 4, 4, channels))).shape[-1] == width
