@@ -36,9 +36,9 @@ def described_cpus() -> str:
 def cpu_precision(cpuinfo: str) -> Precision:
     """What the CPU that Linux describes so computes faster in.
 
-    By two CPUs: on an EPYC with AVX-512 BF16 a step took 0.6 to 0.7 of its time in float32, on a Xeon with
-    it, whose AMX its virtual machine hid, 1.4 to 1.5 times as long. AMX multiplies bfloat16 in tiles;
-    neither it nor Intel's Cooper Lake, which has AVX-512 BF16 alone, has been measured.
+    By three CPUs: on an EPYC with AVX-512 BF16 a step took 0.6 to 0.7 of its time in float32, on a Xeon with
+    AMX, which multiplies bfloat16 in tiles, 0.4 to 0.65, on one whose virtual machine hid AMX 1.4 to 1.5
+    times as long. Intel's Cooper Lake, which has AVX-512 BF16 alone, has not been measured.
     """
     tiles = "amx_bf16" in cpuinfo
     vectors = "avx512_bf16" in cpuinfo and "AuthenticAMD" in cpuinfo

@@ -10,10 +10,11 @@ import pytest
 import tensorflow as tf
 
 from lungseg.model import conv
-from lungseg.model.conv import Conv3D, padding_first_pays
+from lungseg.model.conv import Conv3D, neighbours_together, padding_first_pays
 
 AVX2 = "processor : 0\nvendor_id : AuthenticAMD\nflags : fpu sse avx avx2 fma\n"
 AVX512 = AVX2.replace("fma", "fma avx512f avx512_bf16")
+AMX = AVX512.replace("avx512_bf16", "avx512_bf16 amx_bf16 amx_tile")
 
 
 def pair(width: int, strides: int, channels: int) -> tuple[keras.layers.Layer, keras.layers.Layer]:
@@ -47,6 +48,46 @@ def test_output_and_gradients_are_those_of_keras(
     ours, theirs = pair(width, strides, shape[-1])
     for found, wanted in zip(gradients(ours, features), gradients(theirs, features), strict=True):
         np.testing.assert_allclose(found, wanted, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("together", [2, 3, 4])
+@pytest.mark.parametrize(("channels", "width"), [(1, 8), (8, 8), (5, 3)])
+def test_neighbours_taken_together_give_what_each_gives(
+    channels: int, width: int, together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conv, "padding_first_pays", lambda *_: False)
+    monkeypatch.setattr(conv, "neighbours_together", lambda *_: together)
+    features = tf.constant(np.random.default_rng(0).normal(0, 1, (2, 3, 5, 12, channels)), tf.float32)
+    ours, theirs = pair(width, 1, channels)
+    for found, wanted in zip(gradients(ours, features), gradients(theirs, features), strict=True):
+        np.testing.assert_allclose(found, wanted, atol=2e-4, rtol=1e-4)
+    traced = tf.function(ours).get_concrete_function(tf.TensorSpec(features.shape))
+    (operation,) = [one for one in traced.graph.get_operations() if one.type == "Conv3D"]
+    assert operation.inputs[0].shape == (2, 3, 5, 12 // together, together * channels)
+
+
+@pytest.mark.parametrize(
+    ("size", "strides", "side"), [(1, 1, 4), (5, 1, 4), (3, 2, 4), (3, 1, 5), (3, 1, None)]
+)
+def test_neighbours_stay_apart_where_they_do_not_fit(
+    size: int, strides: int, side: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conv, "neighbours_together", lambda *_: 2)
+    monkeypatch.setattr(conv, "_together", None)
+    layer = Conv3D(8, size, strides, padding="same")
+    traced = tf.function(layer).get_concrete_function(tf.TensorSpec((1, 4, 4, side, 8)))
+    assert traced.output_shapes[-1] == 8
+
+
+@pytest.mark.parametrize(("dtype", "channels_in", "channels_out", "described", "wanted"), [
+    ("bfloat16", 8, 8, AMX, 2), ("bfloat16", 16, 8, AMX, 2), ("bfloat16", 1, 8, AMX, 4),
+    ("bfloat16", 1, 16, AMX, 2), ("bfloat16", 4, 4, AMX, 4), ("bfloat16", 16, 16, AMX, 1),
+    ("bfloat16", 8, 64, AMX, 1), ("float32", 8, 8, AMX, 1), ("bfloat16", 8, 8, AVX512, 1),
+])  # fmt: skip
+def test_amx_takes_neighbours_of_few_channels_together(
+    dtype: str, channels_in: int, channels_out: int, described: str, wanted: int
+) -> None:
+    assert neighbours_together(described, tf.as_dtype(dtype), channels_in, channels_out) == wanted
 
 
 @pytest.mark.parametrize(("described", "padding"), [(AVX2, b"VALID"), (AVX512, b"SAME")])

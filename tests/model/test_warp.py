@@ -65,7 +65,7 @@ def test_no_voxel_moves_further_than_a_control_point(seed: int, spacing: int) ->
     moved = displacement(tf.constant(control), SHAPE, spacing).numpy()
     assert moved.shape == (3, *SHAPE)
     assert np.abs(moved).max() <= 1 + 1e-5
-    assert moved.std() > 0.05
+    assert moved.std() > 0.01
 
 
 @pytest.mark.parametrize("spacing", [4, 7, 16])
