@@ -19,7 +19,9 @@ AMX = AVX512.replace("avx512_bf16", "avx512_bf16 amx_bf16 amx_tile")
 
 def pair(width: int, strides: int, channels: int) -> tuple[keras.layers.Layer, keras.layers.Layer]:
     """Ours and Keras', with the same weights."""
-    layers = [kind(width, 3, strides, padding="same") for kind in (Conv3D, keras.layers.Conv3D)]
+    layers = [
+        kind(width, 3, strides, padding="same", dtype="float32") for kind in (Conv3D, keras.layers.Conv3D)
+    ]
     for layer in layers:
         layer.build((None, None, None, None, channels))
     layers[1].set_weights(layers[0].get_weights())
