@@ -37,7 +37,7 @@ def cpu_precision(cpuinfo: str) -> Precision:
     """What the CPU that Linux describes so computes faster in.
 
     By three CPUs: on an EPYC with AVX-512 BF16 a step took 0.6 to 0.7 of its time in float32, on a Xeon with
-    AMX, which multiplies bfloat16 in tiles, 0.4 to 0.65, on one whose virtual machine hid AMX 1.4 to 1.5
+    AMX, which multiplies bfloat16 in tiles, 0.44 to 0.66, on one whose virtual machine hid AMX 1.4 to 1.5
     times as long. Intel's Cooper Lake, which has AVX-512 BF16 alone, has not been measured.
     """
     tiles = "amx_bf16" in cpuinfo
