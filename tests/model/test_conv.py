@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import keras
@@ -120,3 +123,28 @@ def test_other_layers_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
         (32, 8, 3, "same"), (8, 32, 3, "same"), (8, 8, 1, "same"), (8, 8, 3, "valid"),
     ):  # fmt: skip
         assert Conv3D(width, size, padding=padding)(tf.zeros((1, 4, 4, 4, channels))).shape[-1] == width
+
+
+GRADIENTS = """
+import lungseg
+import tensorflow as tf
+
+features, kernel = tf.ones((1, 4, 4, 4, 8)), tf.Variable(tf.ones((3, 3, 3, 8, 8)))
+for _ in range(3):
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_sum(tf.nn.conv3d(features, kernel, [1] * 5, "SAME"))
+    tape.gradient(loss, kernel)
+"""
+
+
+def test_a_gradient_is_planned_once() -> None:
+    """By what oneDNN says of itself."""
+    said = subprocess.run(
+        [sys.executable, "-c", GRADIENTS],
+        env=os.environ | {"ONEDNN_VERBOSE": "2"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    lines = [line for line in said.splitlines() if "backward_weights" in line]
+    assert [sum(word in line for line in lines) for word in (",create:", ",exec,")] == [1, 3]
