@@ -67,15 +67,15 @@ def _divides(together: int, features: tf.Tensor) -> bool:
 
 def _together(features: tf.Tensor, kernel: tf.Tensor, together: int) -> tf.Tensor:
     """The convolution of [n, z, y, x, c] as one of [n, z, y, x / together, together * c]."""
-    *front, width, channels = keras.ops.shape(features)
-    *_, inputs, outputs = kernel.shape
+    *front, width, inputs = keras.ops.shape(features)
+    outputs = kernel.shape[-1]
     # A row of the kernel for each voxel that is written: where it lies among those that are read.
     rows = [
         tf.pad(kernel, [(0, 0), (0, 0), (first, 3 * together - 3 - first), (0, 0), (0, 0)])
         for first in range(together - 1, 2 * together - 1)
     ]
     shaped = [tf.reshape(row, [3, 3, 3, together * inputs, outputs]) for row in rows]
-    folded = tf.reshape(features, [*front, width // together, together * channels])
+    folded = tf.reshape(features, [*front, width // together, together * inputs])
     output = tf.nn.conv3d(folded, tf.concat(shaped, -1), [1] * 5, "SAME")
     return tf.reshape(output, [*front, width, outputs])
 

@@ -77,6 +77,7 @@ def test_neighbours_taken_together_give_what_each_gives(
 def test_neighbours_stay_apart_where_they_do_not_fit(
     size: int, strides: int, side: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(conv, "padding_first_pays", lambda *_: False)
     monkeypatch.setattr(conv, "neighbours_together", lambda *_: 2)
     monkeypatch.setattr(conv, "_together", None)
     layer = Conv3D(8, size, strides, padding="same")
@@ -122,7 +123,8 @@ def test_other_layers_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     for channels, width, size, padding in (
         (32, 8, 3, "same"), (8, 32, 3, "same"), (8, 8, 1, "same"), (8, 8, 3, "valid"),
     ):  # fmt: skip
-        assert Conv3D(width, size, padding=padding)(tf.zeros((1, 4, 4, 4, channels))).shape[-1] == width
+        layer = Conv3D(width, size, padding=padding, dtype="float32")
+        assert layer(tf.zeros((1, 4, 4, 4, channels))).shape[-1] == width
 
 
 GRADIENTS = """
